@@ -1,0 +1,58 @@
+"""What every op's autograd.Function shares: one clear answer to double backward."""
+
+import torch
+from torch import Tensor
+
+_MESSAGE = (
+    "tinyclip.ops: double backward is not supported (the gradient of an op of this package was"
+    " differentiated; create_graph=True)"
+)
+
+
+class _Raise(torch.autograd.Function):
+    """Identity that raises when it is differentiated."""
+
+    @staticmethod
+    def forward(ctx, *gradients):
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(_MESSAGE)
+
+
+def first_order(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients, such that differentiating them raises: to be returned from a backward."""
+    if not torch.is_grad_enabled():  # grad mode is on in backward only under create_graph=True
+        return gradients
+    wanted = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    marked = _Raise.apply(*(gradients[i].detach().requires_grad_() for i in wanted))
+    result: list[Tensor | None] = [None] * len(gradients)
+    for i, gradient in zip(wanted, marked, strict=True):
+        result[i] = gradient
+    return tuple(result)
+
+
+class _Barrier(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        return tuple(x.view_as(x) for x in inputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return first_order(*gradients)
+
+
+def barrier(*inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The inputs, differentiable once: for compositions that PyTorch could differentiate twice.
+
+    So the answer to double backward does not depend on the backend.
+    """
+    wanted = [i for i, x in enumerate(inputs) if x is not None and x.requires_grad]
+    if not wanted or not torch.is_grad_enabled():
+        return inputs
+    guarded = _Barrier.apply(*(inputs[i] for i in wanted))
+    result = list(inputs)
+    for i, x in zip(wanted, guarded, strict=True):
+        result[i] = x
+    return tuple(result)

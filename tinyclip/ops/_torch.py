@@ -1,0 +1,309 @@
+"""The `torch` backend: PyTorch's own fastest built-ins, in calls that torch.compile understands.
+
+Attention is scaled_dot_product_attention with PyTorch's own autograd. The other ops are pairs of
+functions under the same names and signatures as in `reference`: forward saves little, backward
+recomputes what is cheap. The contrastive operator walks row chunks, so that no M x N matrix lives.
+
+Letters: B batch, L tokens, H heads, D head dim, C channels, F hidden, M/N rows/columns.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Logits in a chunk: on a CPU, 4 MiB of fp32 stays in the last-level cache; a GPU wants GEMMs that
+# fill it, and 128 MiB a buffer is small there.
+_CHUNK_LOGITS = {"cpu": 1 << 20}
+_CHUNK_LOGITS_DEFAULT = 1 << 25
+
+
+def _skip(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+def attention(q, k, v, key_mask, head_gate, causal, scale):
+    """q (B, Lq, H, D), k, v (B, Lk, H, D) -> out (B, Lq, H, D), differentiable.
+
+    SDPA reads the transposed views by stride. A mask is built only for a `key_mask`: (B, 1, 1, Lk),
+    or (B, 1, L, L) when it meets `causal`, which SDPA does not combine.
+    """
+    # SDPA's flash kernel takes its maximum before it scales, and 0 * -inf is NaN.
+    if scale < 0:
+        q, scale = -q, -scale
+    elif scale == 0:
+        q, scale = q * 0, 1.0
+    mask = sees_nothing = None
+    if key_mask is not None:
+        hidden = ~key_mask[:, :, None, None]
+        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+        mask = key_mask[:, None, None, :]
+        if causal:
+            length = q.shape[1]
+            mask = mask & torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        # A row of nothing but -inf is undefined in some of SDPA's kernels: let such a query look
+        # everywhere, and drop what it saw, which also cuts its gradients.
+        sees_nothing = ~mask.any(dim=-1, keepdim=True)
+        mask = mask | sees_nothing
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        scale=scale,
+    )
+    if sees_nothing is not None:
+        out = out.masked_fill(sees_nothing, 0)
+    out = out.transpose(1, 2)
+    if head_gate is not None:
+        out = (out * head_gate.reshape(-1, 1, head_gate.shape[-1], 1)).to(q.dtype)
+    return out
+
+
+_GELU_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+def _activation(kind: str, x: Tensor) -> Tensor:
+    if kind in _GELU_APPROXIMATE:
+        return F.gelu(x, approximate=_GELU_APPROXIMATE[kind])
+    if kind == "quick_gelu":
+        return F.silu(1.702 * x) / 1.702
+    return F.relu(x)
+
+
+def _activation_bwd(kind: str, dout: Tensor, x: Tensor) -> Tensor:
+    if kind in _GELU_APPROXIMATE:
+        return torch.ops.aten.gelu_backward(dout, x, approximate=_GELU_APPROXIMATE[kind])
+    if kind == "quick_gelu":
+        return torch.ops.aten.silu_backward(dout, 1.702 * x)
+    return torch.ops.aten.threshold_backward(dout, x, 0)
+
+
+def gelu_mlp_fwd(x, w1, b1, w2, b2, gate, activation):
+    """x (R, C) -> y (R, C_out), pre (R, F)."""
+    pre = F.linear(x, w1, b1)
+    hidden = _activation(activation, pre)
+    if gate is not None:
+        hidden = (hidden * gate).to(x.dtype)
+    return F.linear(hidden, w2, b2), pre
+
+
+def gelu_mlp_bwd(dy, x, pre, w1, w2, gate, activation, needs):
+    """-> dx, dw1, db1, dw2, db2, dgate. The activation is computed again from `pre`."""
+    need_x, need_w1, need_b1, need_w2, need_b2, need_gate = needs
+    dx, dw1, db1, dw2, db2, dgate = (_skip(x) for _ in range(6))
+    hidden = _activation(activation, pre) if need_w2 or need_gate else None
+    if need_b2:
+        db2 = dy.sum(dim=0)
+    if need_w2:
+        dw2 = dy.T @ (hidden if gate is None else (hidden * gate).to(x.dtype))
+    if need_x or need_w1 or need_b1 or need_gate:
+        dhidden = dy @ w2
+        if need_gate:
+            acc = torch.promote_types(x.dtype, torch.float32)
+            dgate = (dhidden.to(acc) * hidden).sum(dim=0).to(gate.dtype)
+        if gate is not None:
+            dhidden = (dhidden * gate).to(x.dtype)
+        dpre = _activation_bwd(activation, dhidden, pre)
+        if need_x:
+            dx = dpre @ w1
+        if need_w1:
+            dw1 = dpre.T @ x
+        if need_b1:
+            db1 = dpre.sum(dim=0)
+    return dx, dw1, db1, dw2, db2, dgate
+
+
+def layer_norm_fwd(x, residual, weight, bias, channel_mask, eps, out_dtype):
+    """x (R, C) -> y, x + residual (empty without one), mean (R,), rstd (R,)."""
+    total = x if residual is None else x + residual
+    acc = torch.promote_types(total.dtype, torch.float32)
+    if channel_mask is not None:
+        y, mean, rstd = _masked_norm(total.to(acc), weight, bias, channel_mask, eps)
+    else:
+        work, weight, bias = _norm_arguments(total, weight, bias, lift=total.dtype != out_dtype)
+        y, mean, rstd = torch.native_layer_norm(total.to(work), total.shape[-1:], weight, bias, eps)
+    mean, rstd = mean.reshape(-1).to(acc), rstd.reshape(-1).to(acc)
+    return y.to(out_dtype), _skip(x) if residual is None else total, mean, rstd
+
+
+def _norm_arguments(total, weight, bias, lift: bool):
+    """The dtype to norm in, and parameters such that the built-in keeps its statistics in fp32.
+
+    On a CPU that takes fp32 parameters beside a 16-bit x. Elsewhere all must have one dtype, so
+    fp32 parameters lift a 16-bit x.
+    """
+    acc = torch.promote_types(total.dtype, torch.float32)
+    if total.device.type == "cpu" and total.dtype != acc and not lift:
+        ones = total.new_ones(total.shape[-1], dtype=acc) if weight is None else weight.to(acc)
+        return total.dtype, ones, None if bias is None else bias.to(acc)
+    lift = lift or any(p is not None and p.dtype != total.dtype for p in (weight, bias))
+    work = acc if lift else total.dtype
+    return work, *(None if p is None else p.to(work) for p in (weight, bias))
+
+
+def _masked_norm(s, weight, bias, channel_mask, eps):
+    kept = channel_mask.to(s.dtype)
+    count = kept.sum().clamp(min=1)
+    s = s.masked_fill(~channel_mask, 0)
+    mean = s.sum(dim=-1, keepdim=True) / count
+    centred = (s - mean) * kept
+    rstd = torch.rsqrt(centred.square().sum(dim=-1, keepdim=True) / count + eps)
+    y = centred * rstd
+    if weight is not None:
+        y = y * weight.masked_fill(~channel_mask, 0)
+    if bias is not None:
+        y = y + bias.masked_fill(~channel_mask, 0)
+    return y, mean, rstd
+
+
+def layer_norm_bwd(dy, dtotal, total, mean, rstd, weight, bias, channel_mask, needs):
+    """total (R, C) is what was normalised -> its gradient plus dtotal, dweight, dbias."""
+    need_x, need_weight, need_bias = needs
+    acc = mean.dtype
+    if channel_mask is None:
+        work, w, b = _norm_arguments(total, weight, bias, lift=dy.dtype != total.dtype)
+        dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+            dy.to(work),
+            total.to(work),
+            total.shape[-1:],
+            mean[:, None],
+            rstd[:, None],
+            w,
+            b,
+            [need_x, need_weight, need_bias],
+        )
+    else:
+        kept = channel_mask.to(acc)
+        count = kept.sum().clamp(min=1)
+        dy = dy.to(acc).masked_fill(~channel_mask, 0)
+        s = total.to(acc).masked_fill(~channel_mask, 0)
+        normed = (s - mean[:, None]) * rstd[:, None] * kept
+        dweight = (dy * normed).sum(dim=0) if need_weight else None
+        dbias = dy.sum(dim=0) if need_bias else None
+        dx = None
+        if need_x:
+            d = dy if weight is None else dy * weight.masked_fill(~channel_mask, 0)
+            mean_d = d.sum(dim=-1, keepdim=True) / count
+            mean_dn = (d * normed).sum(dim=-1, keepdim=True) / count
+            dx = (d - mean_d - normed * mean_dn) * rstd[:, None] * kept
+    if need_x and dtotal is not None:
+        dx = dx + dtotal
+    return (
+        dx.to(total.dtype) if need_x else _skip(total),
+        dweight.to(weight.dtype) if need_weight else _skip(total),
+        dbias.to(bias.dtype) if need_bias else _skip(total),
+    )
+
+
+def _row_chunks(m: int, n: int, device: torch.device):
+    """Slices of rows such that a chunk's logits fit the budget of the device."""
+    budget = _CHUNK_LOGITS.get(device.type, _CHUNK_LOGITS_DEFAULT)
+    rows = max(1, budget // max(1, n))
+    return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
+
+
+def _logits(a: Tensor, b_t: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    cosines = a.to(scale.dtype) @ b_t
+    return cosines, cosines * scale
+
+
+def _chunk_side(s: Tensor, t: Tensor | None, dim: int) -> list[Tensor]:
+    """m, l and, with a teacher, m_t, l_t, u of the softmaxes along `dim`."""
+    m = s.amax(dim, keepdim=True)
+    centred = s - m
+    if t is None:
+        return [m.squeeze(dim), centred.exp_().sum(dim)]
+    m_t = t.amax(dim, keepdim=True)
+    weights = (t - m_t).exp_()
+    l_t = weights.sum(dim)
+    u = weights.mul_(centred).sum(dim)
+    return [m.squeeze(dim), centred.exp_().sum(dim), m_t.squeeze(dim), l_t, u]
+
+
+def _merge(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
+    """The statistics of two sets of logits taken together; u stays centred on the new m."""
+    m = torch.maximum(left[0], right[0])
+    l = sum(side[1] * torch.exp(side[0] - m) for side in (left, right))  # noqa: E741
+    if len(left) == 2:
+        return [m, l]
+    m_t = torch.maximum(left[2], right[2])
+    l_t, u = torch.zeros_like(l), torch.zeros_like(l)
+    for side in (left, right):
+        weight = torch.exp(side[2] - m_t)
+        l_t = l_t + weight * side[3]
+        u = u + weight * (side[4] + side[3] * (side[0] - m))
+    return [m, l, m_t, l_t, u]
+
+
+def contrastive_stats(a, b, scale, teacher_a, teacher_b, teacher_scale, offset):
+    """a (M, D), b (N, D) -> rows (5, M), cols (5, N), positive (M,), in chunks of rows."""
+    m, n = a.shape[0], b.shape[0]
+    rows, cols = scale.new_zeros(5, m), scale.new_zeros(5, n)
+    positive = scale.new_empty(m)
+    if m == 0 or n == 0:
+        rows[0] = cols[0] = -math.inf
+        return rows, cols, positive
+    b_t = b.to(scale.dtype).T
+    teacher_b_t = None if teacher_a is None else teacher_b.to(scale.dtype).T
+    columns = None
+    for chunk in _row_chunks(m, n, a.device):
+        _, s = _logits(a[chunk], b_t, scale)
+        t = None if teacher_a is None else _logits(teacher_a[chunk], teacher_b_t, teacher_scale)[1]
+        positive[chunk] = s.diagonal(offset + chunk.start)
+        side = _chunk_side(s, t, dim=1)
+        rows[: len(side), chunk] = torch.stack(side)
+        side = _chunk_side(s, t, dim=0)
+        columns = side if columns is None else _merge(columns, side)
+    cols[: len(columns)] = torch.stack(columns)
+    return rows, cols, positive
+
+
+def _side_gradient(s, t, stats, weight, alpha, positive_at, dim) -> Tensor:
+    """weight (P - T) of one side of a chunk; expm1 at the positive keeps P - 1."""
+    # Two subtractions: m + log l, added first, would round away what expm1 is there to keep.
+    log_p = (s - stats[0].unsqueeze(dim)).sub_(torch.log(stats[1]).unsqueeze(dim))
+    at_positive = torch.expm1(log_p.diagonal(positive_at))
+    p = log_p.exp_()
+    if t is not None:
+        log_pt = (t - stats[2].unsqueeze(dim)).sub_(torch.log(stats[3]).unsqueeze(dim))
+        at_positive = at_positive - alpha * torch.expm1(log_pt.diagonal(positive_at))
+        p = p.sub_(log_pt.exp_(), alpha=alpha)
+    p.diagonal(positive_at).copy_(at_positive)
+    return p.mul_(weight.unsqueeze(dim) if weight.dim() else weight)
+
+
+def contrastive_grads(
+    a, b, scale, rows, cols, row_weight, col_weight, alpha, ta, tb, teacher_scale, offset, needs
+):
+    """-> da, db, dscale, from the same chunks: each forms its logits again."""
+    need_a, need_b, need_scale = needs
+    acc = scale.dtype
+    da = torch.empty_like(a, memory_format=torch.contiguous_format) if need_a else _skip(a)
+    db = torch.zeros(b.shape, dtype=acc, device=b.device) if need_b else _skip(b)
+    dscale = scale.new_zeros(()) if need_scale else _skip(scale)
+    if row_weight is None and col_weight is None:
+        return da.zero_(), db.to(b.dtype), dscale
+    b_acc = b.to(acc)
+    tb_t = None if ta is None else tb.to(acc).T
+    for chunk in _row_chunks(a.shape[0], b.shape[0], a.device):
+        a_chunk = a[chunk].to(acc)
+        cosines, s = _logits(a_chunk, b_acc.T, scale)
+        t = None if ta is None else _logits(ta[chunk], tb_t, teacher_scale)[1]
+        positive_at = offset + chunk.start
+        ds = None
+        if row_weight is not None:
+            weight = row_weight[chunk] if row_weight.dim() else row_weight
+            ds = _side_gradient(s, t, rows[:, chunk], weight, alpha, positive_at, dim=1)
+        if col_weight is not None:
+            side = _side_gradient(s, t, cols, col_weight, alpha, positive_at, dim=0)
+            ds = side if ds is None else ds.add_(side)
+        if need_a:
+            da[chunk] = (ds @ b_acc).mul_(scale)
+        if need_b:
+            db.addmm_(ds.T, a_chunk)
+        if need_scale:
+            dscale += cosines.mul_(ds).sum()
+    return da, db.mul_(scale).to(b.dtype) if need_b else db, dscale

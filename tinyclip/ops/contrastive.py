@@ -1,0 +1,403 @@
+"""The contrastive operator: CLIP's loss, affinity mimicking, and the two passes underneath.
+
+``S = s A BT`` is never stored. Pass 1 (`contrastive_stats`) reduces it to five numbers a row and a
+column and the positive's logit; pass 2 (`contrastive_grads`) forms it again and turns it into
+gradients. Anything that is a weighted sum of row and column cross-entropies against
+``(1 - alpha) positive + alpha softmax(teacher)`` can be built on the two.
+
+Letters: M rows, N columns, D width of the student's features, Dt of the teacher's.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinyclip.ops import _checks
+from tinyclip.ops._autograd import first_order
+from tinyclip.ops._contracts import implementation
+from tinyclip.ops._dispatch import Candidate, Op, always, make_spec, register, select
+from tinyclip.ops._layout import unit_stride
+
+
+class Teacher(NamedTuple):
+    """A teacher's features (M, Dt), row for row, and its own logit scale (already exp'd)."""
+
+    image: Tensor
+    text: Tensor
+    logit_scale: Tensor | float
+
+
+class Stats(NamedTuple):
+    """What pass 1 keeps of ``S``: fp32 (fp64 for fp64).
+
+    ``rows`` (5, M) and ``cols`` (5, N) hold m = max S, l = sum exp(S - m), m_t and l_t the same of
+    the teacher's logits T, and u = sum exp(T - m_t) (S - m); zeros for the last three without a
+    teacher. ``positive`` (M,) is S[i, offset + i].
+    """
+
+    rows: Tensor
+    cols: Tensor
+    positive: Tensor
+
+
+def contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    teacher: Teacher | None = None,
+    alpha: float = 0.0,
+    group: object | None = None,
+) -> Tensor:
+    """``(1 - alpha) CLIP + alpha affinity``, each half of rows plus columns, mean over the rows.
+
+    CLIP is the cross-entropy of each row and column of ``logit_scale * image textT`` against its
+    own pair (Radford et al. 2021, figure 3); affinity mimicking is the cross-entropy against the
+    teacher's softmax over the same row or column (Wu et al. 2023, section 3.1). Logits are fp32
+    (fp64 for fp64) under autocast too. Memory is O(M D), never M x M.
+
+    Args:
+        image: (M, D), L2-normalised by the caller, row i belongs to row i of `text`.
+        text: (M, D). fp32, bf16, fp16 or fp64, any strides.
+        logit_scale: the multiplier s, already exp'd: a float, or a tensor of shape () or (1,).
+        teacher: `Teacher` of (M, Dt) features and its own scale; receives no gradient.
+        alpha: in [0, 1]; above 0 needs a teacher.
+        group: None never communicates.
+
+    Returns:
+        The loss, 0-d, fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above, or M is 0; the text names it.
+        BackendUnavailable: the backend asked for cannot run this problem.
+    """
+    spec, problem = _prepare_loss(
+        image, text, logit_scale, teacher=teacher, alpha=alpha, group=group
+    )
+    return select(spec).run(*problem)
+
+
+def contrastive_stats(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor | float,
+    *,
+    teacher: tuple[Tensor, Tensor, Tensor | float] | None = None,
+    offset: int = 0,
+) -> Stats:
+    """Pass 1: the statistics of ``S = scale a bT`` along rows and columns. Not differentiable.
+
+    Args:
+        a: (M, D), b: (N, D); the positive of row i is column ``offset + i``.
+        scale: a float, or a tensor of shape () or (1,).
+        teacher: (its a (M, Dt), its b (N, Dt), its scale).
+        offset: at least 0, with ``offset + M <= N``.
+
+    Returns:
+        `Stats`.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above; the text names it.
+        BackendUnavailable: the backend asked for cannot run this problem.
+    """
+    spec, problem = _prepare_stats(a, b, scale, teacher=teacher, offset=offset)
+    return Stats(*select(spec).run(*problem))
+
+
+def contrastive_grads(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor | float,
+    stats: Stats,
+    *,
+    row_weight: Tensor | float,
+    col_weight: Tensor | float,
+    alpha: float = 0.0,
+    teacher: tuple[Tensor, Tensor, Tensor | float] | None = None,
+    offset: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pass 2: gradients of ``sum_i row_weight_i CE(row i) + sum_j col_weight_j CE(column j)``.
+
+    ``dS = w_r (P_r - T_r) + w_c (P_c - T_c)`` with P the softmax that `stats` describes and
+    ``T = (1 - alpha) positive + alpha softmax(teacher)``. Not differentiable.
+
+    Args:
+        a, b, scale, teacher, offset: as given to `contrastive_stats`.
+        stats: what it returned; in a distributed loss the columns of all ranks, merged.
+        row_weight: float or (M,), col_weight: float or (N,); the float 0 switches a side off.
+        alpha: in [0, 1]; above 0 needs a teacher.
+
+    Returns:
+        (da, db, dscale), each of its tensor's shape and dtype; dscale 0-d for a float scale.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above; the text names it.
+        BackendUnavailable: the backend asked for cannot run this problem.
+    """
+    spec, problem = _prepare_grads(
+        a,
+        b,
+        scale,
+        stats,
+        row_weight=row_weight,
+        col_weight=col_weight,
+        alpha=alpha,
+        teacher=teacher,
+        offset=offset,
+    )
+    da, db, dscale = select(spec).run(*problem)
+    if isinstance(scale, Tensor):
+        dscale = dscale.reshape(scale.shape).to(scale.dtype)
+    return da, db, dscale
+
+
+def _prepare_loss(image, text, logit_scale, *, teacher=None, alpha=0.0, group=None):
+    op = "contrastive_loss"
+    alpha = _checks.number(op, "alpha", alpha, low=0.0, high=1.0)
+    if teacher is not None:
+        teacher = Teacher(*_triple(op, teacher))
+    names = ("image", "text", "logit_scale", "(M, D)", "(M, D)", "(M, Dt)", "(M, Dt)")
+    image, text, scale, *teacher = _features(op, names, image, text, logit_scale, teacher)
+    m, n = image.shape[0], text.shape[0]
+    if m != n:
+        raise ValueError(f"{op}: text must have as many rows as image ({m}), got {n}")
+    if m == 0:
+        raise ValueError(f"{op}: image must have at least one row, got shape {tuple(image.shape)}")
+    if group is not None:
+        raise ValueError(
+            f"{op}: group must be None: this version gathers over no process group, got {group!r}"
+        )
+    if alpha == 0.0:
+        teacher = [None] * 3
+    elif teacher[0] is None:
+        raise ValueError(f"{op}: alpha > 0 needs a teacher, got alpha = {alpha} and none")
+    spec = _spec(op, image, text, (image, text, scale), teacher[0])
+    return spec, (image, text, scale, *teacher, alpha)
+
+
+def _prepare_stats(a, b, scale, *, teacher=None, offset=0):
+    op = "contrastive_stats"
+    if teacher is not None:
+        teacher = _triple(op, teacher)
+    names = ("a", "b", "scale", "(M, D)", "(N, D)", "(M, Dt)", "(N, Dt)")
+    a, b, scale, *teacher = _features(op, names, a, b, scale, teacher)
+    _check_offset(op, offset, a, b)
+    spec = _spec(op, a, b, (), teacher[0])
+    return spec, (*_detached(a, b, scale, *teacher), offset)
+
+
+def _prepare_grads(
+    a, b, scale, stats, *, row_weight, col_weight, alpha=0.0, teacher=None, offset=0
+):
+    op = "contrastive_grads"
+    alpha = _checks.number(op, "alpha", alpha, low=0.0, high=1.0)
+    if teacher is not None:
+        teacher = _triple(op, teacher)
+    names = ("a", "b", "scale", "(M, D)", "(N, D)", "(M, Dt)", "(N, Dt)")
+    a, b, scale, *teacher = _features(op, names, a, b, scale, teacher)
+    _check_offset(op, offset, a, b)
+    if not isinstance(stats, Stats):
+        raise TypeError(
+            f"{op}: stats must be what contrastive_stats returned, got {type(stats).__name__}"
+        )
+    m, n = a.shape[0], b.shape[0]
+    shapes = (("rows", "(5, M)", (5, m)), ("cols", "(5, N)", (5, n)), ("positive", "(M,)", (m,)))
+    for (name, shape, sizes), value in zip(shapes, stats, strict=True):
+        _checks.tensor(op, f"stats.{name}", value, shape, (scale.dtype,))
+        _checks.sizes(op, f"stats.{name}", value, shape, sizes)
+        _checks.same_device(op, f"stats.{name}", value, "a", a)
+    row_weight = _weight(op, "row_weight", row_weight, "(M,)", m, scale)
+    col_weight = _weight(op, "col_weight", col_weight, "(N,)", n, scale)
+    if alpha == 0.0:
+        teacher = [None] * 3
+    elif teacher[0] is None:
+        raise ValueError(f"{op}: alpha > 0 needs a teacher, got alpha = {alpha} and none")
+    spec = _spec(op, a, b, (), teacher[0])
+    a, b, scale, rows, cols, row_weight, col_weight, *teacher = _detached(
+        a, b, scale, stats.rows, stats.cols, row_weight, col_weight, *teacher
+    )
+    problem = (a, b, scale, rows, cols, row_weight, col_weight, alpha, *teacher, offset)
+    return spec, (*problem, [True, True, True])
+
+
+def _triple(op, teacher):
+    if not isinstance(teacher, tuple) or len(teacher) != 3:
+        got = f"{len(teacher)} items" if isinstance(teacher, tuple) else type(teacher).__name__
+        raise TypeError(
+            f"{op}: teacher must be tinyclip.Teacher(image, text, logit_scale), got {got}"
+        )
+    return teacher
+
+
+def _features(op, names, a, b, scale, teacher):
+    """Validated a, b, scale, and the teacher's three (or three None), scales 0-d and working."""
+    a_name, b_name, scale_name, a_shape, b_shape, ta_shape, tb_shape = names
+    _checks.tensor(op, a_name, a, a_shape)
+    _checks.tensor(op, b_name, b, b_shape)
+    _checks.sizes(op, b_name, b, b_shape, (None, a.shape[1]))
+    _checks.same_device(op, b_name, b, a_name, a)
+    work = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    scale = _scale(op, scale_name, scale, a_name, a, work)
+    if teacher is None:
+        return unit_stride(a), unit_stride(b), scale, None, None, None
+    ta, tb, t_scale = teacher
+    ta_name, tb_name = f"teacher.{a_name}", f"teacher.{b_name}"
+    _checks.tensor(op, ta_name, ta, ta_shape)
+    _checks.tensor(op, tb_name, tb, tb_shape)
+    _checks.sizes(op, ta_name, ta, ta_shape, (a.shape[0], None))
+    _checks.sizes(op, tb_name, tb, tb_shape, (b.shape[0], ta.shape[1]))
+    for name, tensor in ((ta_name, ta), (tb_name, tb)):
+        _checks.same_device(op, name, tensor, a_name, a)
+    t_scale = _scale(op, f"teacher.{scale_name}", t_scale, a_name, a, work)
+    teacher = (unit_stride(ta.detach()), unit_stride(tb.detach()), t_scale.detach())
+    return unit_stride(a), unit_stride(b), scale, *teacher
+
+
+def _scale(op, name, scale, a_name, a, dtype) -> Tensor:
+    if not isinstance(scale, Tensor):
+        return a.new_full((), _checks.number(op, name, scale), dtype=dtype)
+    shape = "()" if scale.dim() == 0 else "(1,)"
+    if scale.numel() != 1 or scale.dim() > 1:
+        raise ValueError(f"{op}: {name} must have shape () or (1,), got {tuple(scale.shape)}")
+    if scale.dim() == 1:
+        _checks.tensor(op, name, scale, shape)
+    elif scale.dtype not in _checks.FLOATS:
+        raise TypeError(f"{op}: {name} must be of a float dtype, got {scale.dtype}")
+    _checks.same_device(op, name, scale, a_name, a)
+    return scale.reshape(()).to(dtype)
+
+
+def _weight(op, name, weight, shape, size, scale) -> Tensor | None:
+    """(size,) or 0-d at the working precision; None switches the side off."""
+    if isinstance(weight, Tensor):
+        _checks.tensor(op, name, weight, shape)
+        _checks.sizes(op, name, weight, shape, (size,))
+        _checks.same_device(op, name, weight, "a", scale)
+        return weight.to(scale.dtype)
+    weight = _checks.number(op, name, weight)
+    return None if weight == 0.0 else scale.new_full((), weight)
+
+
+def _check_offset(op, offset, a, b):
+    _checks.integer(op, "offset", offset)
+    m, n = a.shape[0], b.shape[0]
+    if offset < 0 or offset + m > n:
+        raise ValueError(
+            f"{op}: offset must satisfy 0 <= offset and offset + M <= N: the positive of row i is"
+            f" column offset + i; got offset = {offset}, M = {m}, N = {n}"
+        )
+
+
+def _detached(*tensors):
+    return [tensor if tensor is None else tensor.detach() for tensor in tensors]
+
+
+def _spec(op, a, b, differentiable, teacher):
+    sizes = {"M": a.shape[0], "N": b.shape[0], "D": a.shape[1]}
+    if teacher is not None:
+        sizes["Dt"] = teacher.shape[1]
+    return make_spec(op, a, differentiable, sizes, () if teacher is None else ("teacher",))
+
+
+def _cross_entropy(stats: Tensor, positive: Tensor, alpha: float) -> Tensor:
+    """Of each row (column): (1 - alpha) hard + alpha soft, from its five numbers."""
+    m, l, _, l_t, u = stats  # noqa: E741
+    log_l = torch.log(l)
+    if alpha == 0.0:
+        return log_l + (m - positive)
+    soft = log_l - u / l_t
+    if alpha == 1.0:
+        return soft
+    return (1 - alpha) * (log_l + (m - positive)) + alpha * soft
+
+
+class _ContrastiveLossFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, image, text, scale, t_image, t_text, t_scale, alpha, backend):
+        stats = implementation("contrastive_stats", backend)
+        rows, cols, positive = stats(image, text, scale, t_image, t_text, t_scale, 0)
+        by_row = _cross_entropy(rows, positive, alpha).mean()
+        by_column = _cross_entropy(cols, positive, alpha).mean()
+        ctx.save_for_backward(image, text, scale, t_image, t_text, t_scale, rows, cols)
+        ctx.alpha, ctx.backend = alpha, backend
+        return 0.5 * (by_row + by_column)
+
+    @staticmethod
+    def backward(ctx, dloss):
+        image, text, scale, t_image, t_text, t_scale, rows, cols = ctx.saved_tensors
+        grads = implementation("contrastive_grads", ctx.backend)
+        weight = dloss * (0.5 / image.shape[0])
+        needs = list(ctx.needs_input_grad[:3])
+        gradients = grads(
+            *(image, text, scale, rows, cols, weight, weight, ctx.alpha),
+            *(t_image, t_text, t_scale, 0, needs),
+        )
+        gradients = (g if need else None for g, need in zip(gradients, needs, strict=True))
+        return first_order(*gradients, None, None, None, None, None)
+
+
+def _through(backend):
+    return lambda *problem: _ContrastiveLossFunction.apply(*problem, backend)
+
+
+def _features_example(device):
+    def features(width, requires_grad=False):
+        return torch.empty(64, width, device=device, requires_grad=requires_grad)
+
+    return features(512, True), features(512, True), features(768), features(768)
+
+
+def _example_loss(device):
+    image, text, t_image, t_text = _features_example(device)
+    return (image, text, 100.0), {"teacher": Teacher(t_image, t_text, 100.0), "alpha": 1.0}
+
+
+def _example_stats(device):
+    a, b, ta, tb = _features_example(device)
+    return (a, b, 100.0), {"teacher": (ta, tb, 100.0)}
+
+
+def _example_grads(device):
+    (a, b, scale), kwargs = _example_stats(device)
+    rows = torch.empty(5, 64, device=device)
+    stats = Stats(rows, rows, torch.empty(64, device=device))
+    return (a, b, scale, stats), {**kwargs, "alpha": 1.0, "row_weight": 1.0, "col_weight": 1.0}
+
+
+def _candidates(run):
+    """The same order for all three: `run(backend)` is the candidate's run."""
+    return tuple(Candidate(name, always, run(name)) for name in ("torch", "reference"))
+
+
+def _pass(op):
+    return lambda backend: implementation(op, backend)
+
+
+register(
+    Op(
+        "contrastive_loss",
+        contrastive_loss,
+        _prepare_loss,
+        _candidates(_through),
+        _example_loss,
+    )
+)
+register(
+    Op(
+        "contrastive_stats",
+        contrastive_stats,
+        _prepare_stats,
+        _candidates(_pass("contrastive_stats")),
+        _example_stats,
+    )
+)
+register(
+    Op(
+        "contrastive_grads",
+        contrastive_grads,
+        _prepare_grads,
+        _candidates(_pass("contrastive_grads")),
+        _example_grads,
+    )
+)

@@ -1,0 +1,148 @@
+"""LayerNorm, with the residual addition before it and with masked channels.
+
+Letters: C channels.
+"""
+
+import torch
+from torch import Tensor
+
+from tinyclip.ops import _checks
+from tinyclip.ops._autocast import autocast_dtype
+from tinyclip.ops._autograd import first_order
+from tinyclip.ops._contracts import implementation
+from tinyclip.ops._dispatch import Candidate, Op, always, make_spec, register, select
+from tinyclip.ops._layout import as_rows
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    channel_mask: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalise the channels of ``s = x + residual`` to zero mean and unit variance.
+
+    ``y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias`` (Ba et al. 2016), statistics in fp32
+    (fp64 for fp64). With a mask the statistics run over the kept channels only, the others give 0:
+    TinyCLIP's hidden mask (Wu et al. 2023), with no host synchronisation.
+
+    Args:
+        x: (..., C), fp32, bf16, fp16 or fp64, any strides.
+        weight: (C,) or None, bias: (C,) or None, any float dtype.
+        eps: finite and not negative.
+        residual: x's shape, or None.
+        channel_mask: bool (C,), True = kept, or None.
+
+    Returns:
+        y, or ``(y, x + residual)`` with a residual, both of x's shape. Their dtype is x's (what x
+        and residual promote to, if they differ); under autocast y is fp32, as nn.LayerNorm gives.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above; the text names it.
+        BackendUnavailable: the backend asked for cannot run this problem.
+    """
+    spec, problem = _prepare(x, weight, bias, eps=eps, residual=residual, channel_mask=channel_mask)
+    y, total = select(spec).run(*problem)
+    if residual is None:
+        return y.reshape(x.shape)
+    return y.reshape(x.shape), total.reshape(x.shape)
+
+
+def _prepare(x, weight, bias, *, eps=1e-5, residual=None, channel_mask=None):
+    op = "layer_norm"
+    _checks.tensor(op, "x", x, "(..., C)")
+    channels = x.shape[-1]
+    for name, vector in (("weight", weight), ("bias", bias), ("channel_mask", channel_mask)):
+        if vector is not None:
+            dtypes = (torch.bool,) if name == "channel_mask" else _checks.FLOATS
+            _checks.tensor(op, name, vector, "(C,)", dtypes)
+            _checks.sizes(op, name, vector, "(C,)", (channels,))
+            _checks.same_device(op, name, vector, "x", x)
+    if residual is not None:
+        _checks.tensor(op, "residual", residual, "(..., C)")
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"{op}: residual must have the shape of x {tuple(x.shape)},"
+                f" got {tuple(residual.shape)}"
+            )
+        _checks.same_device(op, "residual", residual, "x", x)
+    eps = _checks.number(op, "eps", eps, low=0.0)
+
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    lift = autocast_dtype(x.device) is not None and dtype != torch.float64
+    out_dtype = torch.float32 if lift else dtype
+    x, residual = as_rows(x), None if residual is None else as_rows(residual)
+    flags = {"residual": residual is not None, "channel_mask": channel_mask is not None}
+    spec = make_spec(
+        op,
+        x,
+        (x, weight, bias, residual),
+        {"rows": x.shape[0], "C": channels},
+        tuple(name for name, on in flags.items() if on),
+    )
+    return spec, (x, residual, weight, bias, channel_mask, eps, out_dtype)
+
+
+class _LayerNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, channel_mask, eps, out_dtype, backend):
+        forward = implementation("layer_norm_fwd", backend)
+        y, total, mean, rstd = forward(x, residual, weight, bias, channel_mask, eps, out_dtype)
+        normalised = x if residual is None else total
+        ctx.save_for_backward(normalised, mean, rstd, weight, bias, channel_mask)
+        ctx.backend = backend
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        ctx.set_materialize_grads(False)
+        return y, (None if residual is None else total)
+
+    @staticmethod
+    def backward(ctx, dy, dtotal):
+        total, mean, rstd, weight, bias, channel_mask = ctx.saved_tensors
+        need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
+        needs = [need_x or need_residual, need_weight, need_bias]
+        if dy is None:
+            gradient, dweight, dbias = dtotal, None, None
+        else:
+            backward = implementation("layer_norm_bwd", ctx.backend)
+            gradient, dweight, dbias = backward(
+                dy.contiguous(), dtotal, total, mean, rstd, weight, bias, channel_mask, needs
+            )
+        x_dtype, residual_dtype = ctx.dtypes
+        return first_order(
+            gradient.to(x_dtype) if need_x and gradient is not None else None,
+            gradient.to(residual_dtype) if need_residual and gradient is not None else None,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _through(backend):
+    return lambda *problem: _LayerNormFunction.apply(*problem, backend)
+
+
+def _example(device):
+    def tensor(*shape):
+        return torch.empty(*shape, device=device, requires_grad=True)
+
+    return (tensor(100, 768), tensor(768), tensor(768)), {"residual": tensor(100, 768)}
+
+
+register(
+    Op(
+        "layer_norm",
+        layer_norm,
+        _prepare,
+        (
+            Candidate("torch", always, _through("torch")),
+            Candidate("reference", always, _through("reference")),
+        ),
+        _example,
+    )
+)
