@@ -1,0 +1,212 @@
+"""One row: gate, paired timing, peak memory, percent of roof; in the present process."""
+
+import contextlib
+import gc
+from typing import Any, NamedTuple
+
+import torch
+
+from bench import gate, timing
+from bench.case import FORWARD, GRAPHED, Case
+from bench.peers import CannotRun, Tensors
+from bench.roofline import Machine, percent, roof_ms
+from bench.timing import Timed
+
+MEASURED, NOT_RUN, FAILED = "measured", "not run", "failed"
+_NO_SDPA = ("No viable backend", "No available kernel")  # PyTorch's words for "this one cannot"
+
+
+class Settings(NamedTuple):
+    """How to measure.
+
+    ``device`` is "cpu" or "cuda", ``seconds`` about how long a row's timed rounds take (never fewer
+    than five rounds), ``backend`` which of tinyclip's backends is ours.
+    """
+
+    device: str
+    seconds: float
+    backend: str = "auto"
+
+
+class Bench:
+    """Measures rows of one device and keeps the present case's inputs and verdict.
+
+    Args:
+        settings: how to measure.
+        machine: the device's ceilings, or None for no percent of roof.
+        ops: what stands for ``tinyclip.ops`` (tests plant wrong and slow ones).
+    """
+
+    def __init__(self, settings: Settings, machine: Machine | None = None, ops: Any = None):
+        self.device, self.seconds, self.backend = settings
+        self.machine = machine
+        self._ops = ops
+        self._case: Case | None = None
+        self._tensors: Tensors = {}
+        self._upstream: list[torch.Tensor] = []
+        self._verdicts: dict[str, gate.Verdict] = {}
+        self._served: dict[str, str] = {}
+
+    def row(self, case: Case, mode: str, peer: str) -> dict[str, Any]:
+        """The measured part of a report's row; a failure is a row too, never an exception."""
+        try:
+            return self._row(case, mode, peer)
+        except CannotRun as reason:
+            return {"status": NOT_RUN, "reason": str(reason)}
+        except torch.OutOfMemoryError as error:
+            self._forget()
+            return {"status": FAILED, "reason": f"out of memory: {_first_line(error)}"}
+        except Exception as error:
+            if any(words in str(error) for words in _NO_SDPA):
+                return {"status": NOT_RUN, "reason": "SDPA has no such kernel for this problem"}
+            return {"status": FAILED, "reason": f"{type(error).__name__}: {_first_line(error)}"}
+
+    def _row(self, case: Case, mode: str, name: str) -> dict[str, Any]:
+        self.take(case)
+        theirs = self.peer(case, name)
+        verdict = self.verdict(case, name)
+        if verdict.colour == "red":
+            reason = f"refused: gate red, {verdict.detail}"
+            return {"status": FAILED, "gate": "red", "reason": reason}
+        theirs = self.step(theirs, mode)
+        found = {"status": MEASURED, "gate": "green", "gate_detail": verdict.detail}
+        if case.call is None:
+            raw = timing.alone(theirs, self.device, self.seconds)
+            found |= {"raw_ms": raw, "peak_mb": timing.peak_mb(theirs, self.device)}
+        else:
+            ours = self.step(self.ours(case), mode)
+            paired = timing.paired(ours, theirs, self.device, self.seconds)
+            raw = paired.ours_ms
+            found |= {"raw_ms": raw, "peer_raw_ms": paired.peer_ms, "ratio": paired.ratio}
+            found |= {"ratio_p20": paired.p20, "ratio_p80": paired.p80}
+            if mode != GRAPHED:  # a replay allocates nothing
+                found["peak_mb"] = timing.peak_mb(ours, self.device)
+                found["peer_peak_mb"] = timing.peak_mb(theirs, self.device)
+            found["backend"] = "+".join(dict.fromkeys(self._served.values()))
+        return found | self._against_roof(case, mode, timing.quantile(raw, 0.5))
+
+    def _against_roof(self, case: Case, mode: str, ms: float) -> dict[str, Any]:
+        work = case.passes().of(mode)
+        found = {"ms": ms, "tflops": work.flops / ms / 1e9, "tb_s": work.bytes / ms / 1e9}
+        if self.machine is not None:
+            found["roof_ms"] = roof_ms(work, self.machine)
+            found["percent_of_roof"] = percent(work, self.machine, ms)
+        return found
+
+    @property
+    def ops(self):
+        """tinyclip.ops, imported when first asked for: PyTorch's own rows do without."""
+        if self._ops is None:
+            from tinyclip import ops
+
+            self._ops = ops
+        return self._ops
+
+    def take(self, case: Case) -> None:
+        """Draw the inputs of `case`, and forget the last one's."""
+        if self._case is case or (self._case is not None and self._case.id == case.id):
+            return
+        self._forget()
+        self._tensors = case.draw(self.device)
+        self._case = case
+
+    def _forget(self) -> None:
+        self._case, self._tensors, self._upstream = None, {}, []
+        self._verdicts, self._served = {}, {}
+        if self.device == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def ours(self, case: Case) -> Timed:
+        """The op on the case's inputs, under the chosen backend."""
+        import tinyclip
+
+        tensors, sizes = self._tensors, dict(case.sizes)
+        return Timed(
+            lambda: case.call(self.ops, tensors, sizes), lambda: tinyclip.backend(self.backend)
+        )
+
+    def _find_server(self, case: Case) -> None:
+        """Note which backend serves each op of the case at its full size."""
+        if case.call is None or self._served:
+            return
+        import tinyclip
+
+        if self.ops is tinyclip.ops:
+            with tinyclip.backend(self.backend):
+                case.call(_Explained(self._served), self._tensors, dict(case.sizes))
+
+    def peer(self, case: Case, name: str) -> Timed:
+        """A peer on the case's inputs; raises CannotRun."""
+        return case.peers[name].build(self._tensors, dict(case.sizes), self.device)
+
+    def verdict(self, case: Case, peer: str) -> gate.Verdict:
+        """Ours against the oracle, once a case; where PyTorch alone is timed, the peer."""
+        self._find_server(case)
+        key = peer if case.call is None else "ours"
+        if key not in self._verdicts:
+            self._verdicts[key] = gate.check(case, self.device, self._candidate(case, peer))
+        return self._verdicts[key]
+
+    def _candidate(self, case: Case, peer: str):
+        # By itself the op might serve the gate's smaller size from elsewhere: check what is timed.
+        servers = set(self._served.values())
+        backend = servers.pop() if len(servers) == 1 else self.backend
+
+        def ours(tensors: Tensors, sizes: dict):
+            import tinyclip
+
+            with tinyclip.backend(backend):
+                return case.call(self.ops, tensors, sizes)
+
+        def theirs(tensors: Tensors, sizes: dict):
+            timed = case.peers[peer].build(tensors, sizes, self.device)
+            with timed.context():
+                return timed.call()
+
+        return theirs if case.call is None else ours
+
+    def step(self, timed: Timed, mode: str) -> Timed:
+        """One timed unit: a forward without gradients, or a forward and every gradient."""
+        if mode == FORWARD:
+            return Timed(timed.call, lambda: _without_gradients(timed))
+        if not self._upstream:
+            with timed.context():
+                self._upstream = gate.upstream(gate.as_tuple(timed.call()))
+        wanted = list(gate.leaves(self._tensors).values())
+
+        def both() -> None:
+            torch.autograd.grad(gate.as_tuple(timed.call()), wanted, self._upstream)
+
+        stepped = Timed(both, timed.context)
+        return timing.graphed(stepped) if mode == GRAPHED else stepped
+
+
+class _Explained:
+    """tinyclip.ops that notes which backend serves each op it is asked for."""
+
+    def __init__(self, served: dict[str, str]):
+        self._served = served
+
+    def __getattr__(self, name: str):
+        import tinyclip
+
+        op = getattr(tinyclip.ops, name)
+        if isinstance(op, type):
+            return op
+
+        def call(*args, **kwargs):
+            self._served[name] = tinyclip.explain(name, *args, **kwargs).backend
+            return op(*args, **kwargs)
+
+        return call
+
+
+@contextlib.contextmanager
+def _without_gradients(timed: Timed):
+    with torch.no_grad(), timed.context():
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]

@@ -1,0 +1,280 @@
+"""The commands: killed, out of time, without a GPU, on a stand-in GPU, between two commits."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import compare, gpu, registry, report
+from bench.measure import FAILED, MEASURED, NOT_RUN, Settings
+from bench.report import ROOT, Report
+from bench.run import Runner, order, plan
+from bench.worker import Worker, WorkerLate, WorkerLost
+
+FIELDS = {"op", "case", "peer", "status", "gate", "raw_ms", "ratio", "percent_of_roof", "peak_mb"}
+ENV = {"gpu", "commit", "torch", "triton", "cuda", "driver"}
+QUICK = Settings("cpu", 0.02)
+
+
+def python(*arguments, **more):
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more},
+    )
+
+
+def check_schema(data: dict) -> None:
+    assert data["env"].keys() == ENV
+    assert data["machine"].keys() == {"copy_tb_s", "gemm_tflops"}
+    for row in data["rows"]:
+        assert row.keys() >= FIELDS
+        assert row["status"] in (MEASURED, NOT_RUN, FAILED)
+        assert row["gate"] in ("green", "red", None)
+        if row["status"] == MEASURED:
+            assert row["gate"] == "green" and len(row["raw_ms"]) >= 5
+        else:
+            assert row["reason"] and row["ratio"] is None and row["raw_ms"] == []
+
+
+def wait_for(condition, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise AssertionError("it did not happen in time")
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        pytest.param(signal.SIGKILL, id="SIGKILL"),
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.soak),
+    ],
+)
+def test_a_killed_run_leaves_valid_json(tmp_path, kill):
+    file = tmp_path / "rows.json"
+    case = "attention/50x12h"
+    run = python("-m", "bench", case, "--json", str(file), "--row-seconds", "0.1")
+
+    def measured():
+        # read at any moment, the file is whole
+        data = json.loads(file.read_text()) if file.exists() else {"rows": []}
+        return any(row["status"] == MEASURED for row in data["rows"])
+
+    wait_for(measured)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    run.send_signal(kill)
+    run.communicate()
+    data = json.loads(file.read_text())
+    check_schema(data)
+    assert data["complete"] is False
+    entries = plan(registry.select(registry.cases("cpu"), [case]))
+    assert len(data["rows"]) == len(entries)
+    assert {row["status"] for row in data["rows"]} == {MEASURED, NOT_RUN}
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+    # and nothing goes on measuring for nobody
+    wait_for(lambda: not any(running(child) for child in children), 10)
+
+
+def running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_budget_is_kept(tmp_path):
+    file, start = tmp_path / "rows.json", time.monotonic()
+    run = python("-m", "bench", "--json", str(file), "--max-seconds", "5")
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, output
+    assert time.monotonic() - start < 5 + 6  # what starting and printing take
+    data = json.loads(file.read_text())
+    check_schema(data)
+    assert data["complete"] is True
+    cut = [row for row in data["rows"] if (row["reason"] or "").startswith("the time budget was")]
+    assert cut and f"{sum(row['status'] == MEASURED for row in data['rows'])} of" in output
+
+
+def test_the_default_leaves_no_peer_out():
+    entries = plan(registry.cases("cpu"))
+    assert {entry.peer for entry in entries} >= {"compile", "sdpa-cudnn", "open_clip", "tinyclip"}
+    ordered = order(entries)
+    assert sorted(map(id, ordered)) == sorted(map(id, entries))
+    slow = [entry.slow_start for entry in ordered]
+    assert slow == sorted(slow)
+    ops = {entry.case.op for entry in entries}
+    first_cases = {next(e.case.id for e in entries if e.case.op == op) for op in ops}
+    quick = [entry for entry in ordered if not entry.slow_start]
+    assert {entry.case.id for entry in quick[: len(ops)]} <= first_cases
+
+
+def test_without_a_gpu_one_sentence_and_valid_json(tmp_path):
+    run = python("-m", "bench", "gpu", BENCH_OUT=str(tmp_path))
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0
+    (file,) = tmp_path.rglob("*.json")
+    assert file.parent.name == "no-gpu"
+    assert output.strip().splitlines() == [
+        f"No CUDA device is available, so nothing was run; {file} lists what would be."
+    ]
+    data = json.loads(file.read_text())
+    check_schema(data)
+    assert {row["status"] for row in data["rows"]} == {NOT_RUN}
+    assert len(data["rows"]) == len(plan(registry.baselines() + registry.cases("cuda")))
+    assert data["tests"]["status"] == data["build"]["status"] == NOT_RUN
+    assert data["complete"] is True
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """`python -m bench gpu` on a CPU that calls itself a GPU: every phase but the build's pip."""
+    norms = registry.select(registry.cases("cpu"), ["layer_norm/4096x512"])[:1]
+    env = {**report.environment("cpu"), "gpu": "Stand In 1"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(registry, "cases", lambda device: norms)
+    monkeypatch.setattr(registry, "baselines", list)
+    monkeypatch.setattr(report, "environment", lambda device: env)
+    monkeypatch.setattr(gpu, "Settings", lambda device, seconds, backend: QUICK)
+    monkeypatch.setattr(gpu, "_raise_on_sigterm", lambda: None)
+    monkeypatch.setattr(gpu, "_BUILD", ["-c", "print('built')"])
+    tests = tmp_path / "test_gpu.py"
+    monkeypatch.setattr(gpu, "_GPU_TESTS", ("-c", os.devnull, "-p", "no:randomly", str(tests)))
+
+    def run(source: str) -> tuple[int, dict]:
+        tests.write_text(source)
+        status = gpu.main([], tmp_path / "results")
+        (file,) = (tmp_path / "results" / "stand-in-1").glob("*.json")
+        return status, json.loads(file.read_text())
+
+    return run
+
+
+def test_the_gpu_command_from_end_to_end(stand_in):
+    source = "import pytest\ndef test_a(): pass\ndef test_b(): pytest.skip('x')\n"
+    status, data = stand_in(source)
+    check_schema(data)
+    assert status == 0
+    assert data["build"]["status"] == "built"
+    wanted = {"status": "passed", "passed": 1, "failed": 0, "skipped": 1}
+    assert data["tests"].items() >= wanted.items()
+    assert data["machine"]["copy_tb_s"] > 0
+    assert next(row["peer"] for row in data["rows"] if row["status"] == MEASURED) == "eager"
+
+
+def test_a_failing_build_and_a_hanging_suite_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_BUILD", ["-c", "raise SystemExit(3)"])
+    built = gpu._build(tmp_path / "x.json", time.monotonic() + 60)
+    assert built["status"] == "failed with status 3"
+    tests = tmp_path / "test_gpu.py"
+    tests.write_text(
+        "import time\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): time.sleep(600)\n"
+    )
+    monkeypatch.setattr(gpu, "_GPU_TESTS", ("-c", os.devnull, "-p", "no:randomly", str(tests)))
+    found = gpu._tests(tmp_path / "x.json", time.monotonic() + 4)
+    assert found["status"] == "stopped by the budget"
+    assert (found["passed"], found["failed"]) == (1, 1)
+
+
+def test_a_lost_or_late_worker_costs_one_row(tmp_path, monkeypatch):
+    worker = Worker(QUICK)
+    with pytest.raises(WorkerLate, match="stopped after 0 s"):
+        worker.ask(0.01, do="machine")
+    assert not worker.alive
+    worker = Worker(QUICK)
+    os.kill(worker._process.pid, signal.SIGSEGV)
+    with pytest.raises(WorkerLost, match="SIGSEGV"):
+        worker.ask(30, do="machine")
+
+    entries = plan(registry.select(registry.cases("cpu"), ["layer_norm/4096x512"])[:1], ["eager"])
+    written = Report(tmp_path / "rows.json", {}, [entry.blank() for entry in entries])
+    killed = []
+
+    def kill_once(row):
+        if not killed:
+            killed.append(runner._worker._process.pid)
+            os.kill(killed[0], signal.SIGKILL)
+            runner._worker._process.wait()
+
+    with Runner(written, QUICK, kill_once) as runner:
+        runner.run(entries, time.monotonic() + 60)
+    assert [row["status"] for row in written.rows] == [MEASURED, MEASURED]
+
+
+_PLANTED = """
+from tinyclip.ops import _dispatch
+_right_norm, _right_mlp = layer_norm, gelu_mlp
+
+def layer_norm(*args, **kwargs):
+    _right_norm(*args, **kwargs), _right_norm(*args, **kwargs)
+    return _right_norm(*args, **kwargs)
+
+def gelu_mlp(*args, **kwargs):
+    y = _right_mlp(*args, **kwargs)
+    return y if _dispatch._choice == "reference" else y * 1.001
+"""
+
+
+@pytest.fixture
+def other_commit(tmp_path, monkeypatch):
+    """A repository whose commit has a layer_norm that works thrice and a wrong gelu_mlp."""
+    tree = tmp_path / "repository"
+    skip = shutil.ignore_patterns("__pycache__", "*.so")
+    for folder in ("tinyclip", "triton_kernels"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=skip)
+    with (tree / "tinyclip" / "ops" / "__init__.py").open("a") as ops:
+        ops.write(_PLANTED)
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(tree)]
+    for step in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "planted"]):
+        subprocess.run([*git, *step], check=True)
+    monkeypatch.setattr(compare, "ROOT", tree)
+    return tree
+
+
+def test_compare_shows_a_slow_commit_and_refuses_a_wrong_one(other_commit, tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    cases = ["layer_norm/4096x512", "gelu_mlp/400x512 gelu"]
+    options = ["--json", str(file), "--row-seconds", "0.1", "--compare", "HEAD"]
+    assert command.main([*cases, *options]) == 1
+    data = json.loads(file.read_text())
+    check_schema(data)
+    rows = {(row["op"], row["mode"]): row for row in data["rows"]}
+    slow = rows["layer_norm", "forward"]
+    assert (slow["status"], slow["gate"]) == (MEASURED, "green")
+    assert slow["peer"].startswith("rev ")
+    assert slow["ratio"] > 1.5  # thrice the work, and what the allocator makes of it
+    wrong = rows["gelu_mlp", "forward"]
+    assert (wrong["status"], wrong["gate"]) == (FAILED, "red")
+    assert wrong["reason"].startswith("the other: refused: gate red")
+    assert "refused: gate red" in capsys.readouterr().out
+    listed = subprocess.run(
+        ["git", "-C", str(other_commit), "worktree", "list"], capture_output=True, text=True
+    )
+    assert len(listed.stdout.splitlines()) == 1
+
+
+def test_compare_names_an_unknown_revision(other_commit):
+    with pytest.raises(SystemExit, match="nowhere"):
+        command.main(["layer_norm/4096x512", "--compare", "nowhere"])
+
+
+def test_the_command_line_says_what_is_wrong(capsys):
+    assert command.main(["no/such/case"]) == 2
+    assert "--list names them all" in capsys.readouterr().err
+    assert command.main(["layer_norm", "--list"]) == 0
+    assert "layer_norm/4096x512 masked" in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        assert command.main(["layer_norm", "--device", "cuda"]) == 2
