@@ -7,7 +7,7 @@ from torch import Tensor
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype autocast asks for on this device, None where it is off."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 

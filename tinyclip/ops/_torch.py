@@ -23,6 +23,11 @@ def _skip(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
+def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """x in `dtype`, itself where it is: torch 2.11 loses gradients behind a `to` of no effect."""
+    return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
 def attention(q, k, v, key_mask, head_gate, causal, scale):
     """q (B, Lq, H, D), k, v (B, Lk, H, D) -> out (B, Lq, H, D), differentiable.
 
@@ -86,7 +91,7 @@ def gelu_mlp_fwd(x, w1, b1, w2, b2, gate, activation):
     pre = F.linear(x, w1, b1)
     hidden = _activation(activation, pre)
     if gate is not None:
-        hidden = (hidden * gate).to(x.dtype)
+        hidden = _cast(hidden * gate, x.dtype)
     return F.linear(hidden, w2, b2), pre
 
 
@@ -98,14 +103,14 @@ def gelu_mlp_bwd(dy, x, pre, w1, w2, gate, activation, needs):
     if need_b2:
         db2 = dy.sum(dim=0)
     if need_w2:
-        dw2 = dy.T @ (hidden if gate is None else (hidden * gate).to(x.dtype))
+        dw2 = dy.T @ (hidden if gate is None else _cast(hidden * gate, x.dtype))
     if need_x or need_w1 or need_b1 or need_gate:
         dhidden = dy @ w2
         if need_gate:
             acc = torch.promote_types(x.dtype, torch.float32)
-            dgate = (dhidden.to(acc) * hidden).sum(dim=0).to(gate.dtype)
+            dgate = _cast((_cast(dhidden, acc) * hidden).sum(dim=0), gate.dtype)
         if gate is not None:
-            dhidden = (dhidden * gate).to(x.dtype)
+            dhidden = _cast(dhidden * gate, x.dtype)
         dpre = _activation_bwd(activation, dhidden, pre)
         if need_x:
             dx = dpre @ w1
@@ -121,12 +126,14 @@ def layer_norm_fwd(x, residual, weight, bias, channel_mask, eps, out_dtype):
     total = x if residual is None else x + residual
     acc = torch.promote_types(total.dtype, torch.float32)
     if channel_mask is not None:
-        y, mean, rstd = _masked_norm(total.to(acc), weight, bias, channel_mask, eps)
+        y, mean, rstd = _masked_norm(_cast(total, acc), weight, bias, channel_mask, eps)
     else:
         work, weight, bias = _norm_arguments(total, weight, bias, lift=total.dtype != out_dtype)
-        y, mean, rstd = torch.native_layer_norm(total.to(work), total.shape[-1:], weight, bias, eps)
-    mean, rstd = mean.reshape(-1).to(acc), rstd.reshape(-1).to(acc)
-    return y.to(out_dtype), _skip(x) if residual is None else total, mean, rstd
+        y, mean, rstd = torch.native_layer_norm(
+            _cast(total, work), total.shape[-1:], weight, bias, eps
+        )
+    mean, rstd = _cast(mean.reshape(-1), acc), _cast(rstd.reshape(-1), acc)
+    return _cast(y, out_dtype), _skip(x) if residual is None else total, mean, rstd
 
 
 def _norm_arguments(total, weight, bias, lift: bool):
@@ -137,11 +144,11 @@ def _norm_arguments(total, weight, bias, lift: bool):
     """
     acc = torch.promote_types(total.dtype, torch.float32)
     if total.device.type == "cpu" and total.dtype != acc and not lift:
-        ones = total.new_ones(total.shape[-1], dtype=acc) if weight is None else weight.to(acc)
-        return total.dtype, ones, None if bias is None else bias.to(acc)
+        ones = total.new_ones(total.shape[-1], dtype=acc) if weight is None else _cast(weight, acc)
+        return total.dtype, ones, _cast(bias, acc)
     lift = lift or any(p is not None and p.dtype != total.dtype for p in (weight, bias))
     work = acc if lift else total.dtype
-    return work, *(None if p is None else p.to(work) for p in (weight, bias))
+    return work, _cast(weight, work), _cast(bias, work)
 
 
 def _masked_norm(s, weight, bias, channel_mask, eps):
@@ -166,8 +173,8 @@ def layer_norm_bwd(dy, dtotal, total, mean, rstd, weight, bias, channel_mask, ne
     if channel_mask is None:
         work, w, b = _norm_arguments(total, weight, bias, lift=dy.dtype != total.dtype)
         dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-            dy.to(work),
-            total.to(work),
+            _cast(dy, work),
+            _cast(total, work),
             total.shape[-1:],
             mean[:, None],
             rstd[:, None],
@@ -178,8 +185,8 @@ def layer_norm_bwd(dy, dtotal, total, mean, rstd, weight, bias, channel_mask, ne
     else:
         kept = channel_mask.to(acc)
         count = kept.sum().clamp(min=1)
-        dy = dy.to(acc).masked_fill(~channel_mask, 0)
-        s = total.to(acc).masked_fill(~channel_mask, 0)
+        dy = _cast(dy, acc).masked_fill(~channel_mask, 0)
+        s = _cast(total, acc).masked_fill(~channel_mask, 0)
         normed = (s - mean[:, None]) * rstd[:, None] * kept
         dweight = (dy * normed).sum(dim=0) if need_weight else None
         dbias = dy.sum(dim=0) if need_bias else None
@@ -192,9 +199,9 @@ def layer_norm_bwd(dy, dtotal, total, mean, rstd, weight, bias, channel_mask, ne
     if need_x and dtotal is not None:
         dx = dx + dtotal
     return (
-        dx.to(total.dtype) if need_x else _skip(total),
-        dweight.to(weight.dtype) if need_weight else _skip(total),
-        dbias.to(bias.dtype) if need_bias else _skip(total),
+        _cast(dx, total.dtype) if need_x else _skip(total),
+        _cast(dweight, weight.dtype) if need_weight else _skip(total),
+        _cast(dbias, bias.dtype) if need_bias else _skip(total),
     )
 
 
