@@ -50,9 +50,9 @@ def test_no_work_for_frozen_inputs(op, backend):
     x, weight = torch.randn(6, 6), torch.randn(6, 6)
     if op == "attention":
         q = torch.randn(1, 6, 2, 4)
-        out, lse = torch.ops.tinyclip.attention_fwd(q, q, q, None, None, False, 0.5, "reference")
+        out, stats = torch.ops.tinyclip.attention_fwd(q, q, q, None, None, False, 0.5, "reference")
         call = torch.ops.tinyclip.attention_bwd
-        arguments = (out, q, q, q, out, lse, None, None, False, 0.5, [True, False, False, False])
+        arguments = (out, q, q, q, out, stats, None, None, False, 0.5, [True, False, False, False])
         backend = "reference"  # `torch` is SDPA with PyTorch's own autograd
         used = [0]
     elif op == "gelu_mlp":

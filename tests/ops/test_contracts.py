@@ -10,13 +10,13 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 OPS = torch.ops.tinyclip
 
 
-def _attention(dtype, packed=False):
+def _attention(dtype):
     qkv = torch.randn(2, 5, 3, 2, 8, dtype=dtype)
     q, k, v = qkv.unbind(2)
     mask, gate = torch.rand(2, 5) > 0.3, torch.randn(2, 2)
     forward = (q, k, v, mask, gate, True, 0.3, "reference")
-    out, lse = OPS.attention_fwd(*forward)
-    shared = (out, lse, mask, gate, True, 0.3)
+    out, stats = OPS.attention_fwd(*forward)
+    shared = (out, stats, mask, gate, True, 0.3)
     return forward, (out, q, k, v, *shared), (out, qkv, *shared)
 
 

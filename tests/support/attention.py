@@ -20,6 +20,7 @@ def _fused(q, k, v, *, causal=False, key_mask=None, head_gate=None, scale=None):
     mask = mask.tril() if causal else mask
     if key_mask is not None:
         mask = mask & key_mask[:, None, None, :]
+        k, v = (x.masked_fill(~key_mask[:, :, None, None], 0) for x in (k, v))  # 0 * NaN
     q, k, v = (x.contiguous().transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
     if head_gate is not None:
@@ -71,7 +72,7 @@ def _regime_values(draw: Draw, regime: str, q_shape, k_shape, dtype):
     if regime == "confident":
         q, k = 8 * q, 8 * k
         if q_shape == k_shape:
-            k = q
+            k = q.clone()
     if regime == "negative":
         q = -q
     return q, k, v
@@ -92,15 +93,17 @@ def make(seed: int, *, packed: bool = False, device: str = "cpu", **choices) -> 
     lk = lq if causal or packed or draw.chance(0.5) else pick("lengths", LENGTHS)
     layout, upstream = pick("layouts", LAYOUTS), pick("upstream", UPSTREAM)
     q, k, v = _regime_values(draw, regime, (b, lq, h, d), (b, lk, h, d), dtype)
-    if packed:
-        tensors = {"qkv": draw.tensor(torch.stack([q, k, v], dim=2), dtype, layout)}
-    else:
-        tensors = {n: draw.tensor(x, dtype, layout) for n, x in zip("qkv", (q, k, v), strict=True)}
     key_mask = head_gate = None
     if draw.chance(0.5):
         key_mask = draw.mask(b, lk)
         if draw.chance(0.3):
             key_mask[0] = False
+        if layout != "expanded" and draw.chance(0.5):  # what is masked may be anything
+            k[~key_mask.cpu()], v[~key_mask.cpu()] = math.nan, math.nan
+    if packed:
+        tensors = {"qkv": draw.tensor(torch.stack([q, k, v], dim=2), dtype, layout)}
+    else:
+        tensors = {n: draw.tensor(x, dtype, layout) for n, x in zip("qkv", (q, k, v), strict=True)}
     if draw.chance(0.4):
         shape = (h,) if draw.chance(0.5) else (b, h)
         gate_dtype = dtype if draw.chance(0.5) else torch.float32

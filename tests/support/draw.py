@@ -14,7 +14,15 @@ REGIMES = (
     "constant",
     "one_hot",
 )
-LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "strided_last", "expanded")
+LAYOUTS = (
+    "contiguous",
+    "transposed",
+    "heads_first",
+    "sliced",
+    "offset",
+    "strided_last",
+    "expanded",
+)
 UPSTREAM = ("contiguous", "zero_stride", "transposed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -82,6 +90,9 @@ def relayout(x: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "transposed" and x.dim() > 1:
         order = [1, 0, *range(2, x.dim())]
         return x.permute(order).contiguous().permute(order)
+    if layout == "heads_first" and x.dim() > 2:  # (B, L, H, D) over memory (B, H, L, D)
+        order = [0, x.dim() - 2, *range(1, x.dim() - 2), x.dim() - 1]
+        return x.permute(order).contiguous().permute([order.index(i) for i in range(x.dim())])
     if layout == "sliced":
         wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), float("nan"))
         wide[..., : x.shape[-1]] = x

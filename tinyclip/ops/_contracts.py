@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tinyclip.ops import _torch
+from tinyclip.ops._autocast import autocast_dtype
 
 _LIBRARY = torch.library.Library("tinyclip", "DEF")
 
@@ -22,6 +23,9 @@ _LIBRARY = torch.library.Library("tinyclip", "DEF")
 _MODULES: dict[Any, str] = {
     "reference": "tinyclip.ops.reference",
     "torch": "tinyclip.ops._torch",
+    ("attention_fwd", "triton"): "tinyclip.triton_kernels.attention_fwd",
+    ("attention_bwd", "triton"): "tinyclip.triton_kernels.attention_bwd",
+    ("attention_qkv_bwd", "triton"): "tinyclip.triton_kernels.attention_bwd",
 }
 
 # Plain PyTorch, called without the registered op around it, so that torch.compile sees through.
@@ -49,9 +53,9 @@ def _load(op: str, backend: str) -> Callable:
 
 def _without_autocast(function: Callable, inputs: tuple) -> Any:
     """The op has cast what it wanted cast; forward or backward, nothing inside may cast again."""
-    device = inputs[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
+    device = inputs[0].device
+    if autocast_dtype(device) is not None:
+        with torch.autocast(device.type, enabled=False):
             return function(*inputs)
     return function(*inputs)
 
@@ -98,29 +102,29 @@ def _none(like: Tensor) -> Tensor:
 
 @_define(
     "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? head_gate, bool causal,"
-    " float scale, str backend) -> (Tensor out, Tensor lse)"
+    " float scale, str backend) -> (Tensor out, Tensor stats)"
 )
 def _(q, k, v, key_mask, head_gate, causal, scale, backend):
     b, lq, h, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(b, h, lq, dtype=_statistics_dtype(q.dtype))
+    return q.new_empty(q.shape), q.new_empty(2, b, h, lq, dtype=_statistics_dtype(q.dtype))
 
 
 @_define(
-    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats,"
     " Tensor? key_mask, Tensor? head_gate, bool causal, float scale, bool[] needs, str backend)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dhead_gate)"
 )
-def _(dout, q, k, v, out, lse, key_mask, head_gate, causal, scale, needs, backend):
+def _(dout, q, k, v, out, stats, key_mask, head_gate, causal, scale, needs, backend):
     dgate = _gradient(head_gate, True) if needs[3] else _none(q)
     return _gradient(q, needs[0]), _gradient(k, needs[1]), _gradient(v, needs[2]), dgate
 
 
 @_define(
-    "attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? key_mask,"
+    "attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor stats, Tensor? key_mask,"
     " Tensor? head_gate, bool causal, float scale, bool[] needs, str backend)"
     " -> (Tensor dqkv, Tensor dhead_gate)"
 )
-def _(dout, qkv, out, lse, key_mask, head_gate, causal, scale, needs, backend):
+def _(dout, qkv, out, stats, key_mask, head_gate, causal, scale, needs, backend):
     dgate = _gradient(head_gate, True) if needs[1] else _none(qkv)
     return _gradient(qkv, needs[0]), dgate
 

@@ -50,17 +50,20 @@ def _per_head(gate: Tensor) -> Tensor:
 
 
 def attention_fwd(q, k, v, key_mask, head_gate, causal, scale):
-    """-> out (B, Lq, H, D), lse (B, H, Lq)."""
+    """-> out (B, Lq, H, D), stats (2, B, H, Lq): each softmax's maximum and sum."""
     k, v = _hide(k, key_mask), _hide(v, key_mask)
     scores, p = _scores_and_probabilities(q, k, key_mask, causal, scale)
     out = torch.einsum("bhlm,bmhd->blhd", p, v)
     if head_gate is not None:
         out = (out * _per_head(head_gate)).to(q.dtype)
-    lse = torch.logsumexp(scores.to(torch.promote_types(q.dtype, torch.float32)), dim=-1)
-    return out.contiguous(), lse
+    work = scores.to(torch.promote_types(q.dtype, torch.float32))
+    stats = work.new_zeros(2, *work.shape[:-1])
+    stats[0] = work.amax(dim=-1) if k.shape[1] else -math.inf
+    stats[1] = torch.exp(work - stats[0].clamp(min=torch.finfo(work.dtype).min)[..., None]).sum(-1)
+    return out.contiguous(), stats
 
 
-def attention_bwd(dout, q, k, v, out, lse, key_mask, head_gate, causal, scale, needs):
+def attention_bwd(dout, q, k, v, out, stats, key_mask, head_gate, causal, scale, needs):
     """-> dq, dk, dv, dhead_gate."""
     need_q, need_k, need_v, need_gate = needs
     k, v = _hide(k, key_mask), _hide(v, key_mask)
@@ -85,12 +88,12 @@ def attention_bwd(dout, q, k, v, out, lse, key_mask, head_gate, causal, scale, n
     return dq, dk, dv, dgate
 
 
-def attention_qkv_bwd(dout, qkv, out, lse, key_mask, head_gate, causal, scale, needs):
+def attention_qkv_bwd(dout, qkv, out, stats, key_mask, head_gate, causal, scale, needs):
     """-> dqkv (B, L, 3, H, D), dhead_gate."""
     q, k, v = qkv.unbind(2)
     need_qkv, need_gate = needs
     dq, dk, dv, dgate = attention_bwd(
-        dout, q, k, v, out, lse, key_mask, head_gate, causal, scale, [need_qkv] * 3 + [need_gate]
+        dout, q, k, v, out, stats, key_mask, head_gate, causal, scale, [need_qkv] * 3 + [need_gate]
     )
     return torch.stack([dq, dk, dv], dim=2) if need_qkv else dq, dgate
 
