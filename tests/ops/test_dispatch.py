@@ -110,7 +110,7 @@ def test_explain_agrees_with_the_call():
     q = torch.zeros(2, 0, 3, 8)
     told = tinyclip.explain("attention", q, q, q)
     assert told.backend == "reference"
-    assert told.rows[0] == ("torch", "cannot", "a size is zero")
+    assert ("torch", "cannot", "a size is zero") in told.rows
     assert tinyclip.ops.attention(q, q, q).shape == q.shape
     with (
         tinyclip.backend("torch"),

@@ -1,15 +1,32 @@
 """Validation shared by the ops: an error names the argument, what it was, and the rule."""
 
-import math
+import sys
 from typing import Any
 
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGEST = sys.float_info.max
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def strided(
+    op: str, name: str, value: Any, shape: str, dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> torch.Tensor:
+    """`value` if it is a strided tensor of one of `dtypes`; `shape` is for the message alone."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor {shape}, got {type(value).__name__}")
+    # A nested tensor may call itself strided, and has no sizes.
+    if value.is_nested or value.layout is not torch.strided:
+        got = "a nested one" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{op}: {name} must be a dense (strided) tensor, got {got}")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(_name(dtype) for dtype in dtypes)
+        raise TypeError(f"{op}: {name} must be of dtype {allowed}, got {_name(value.dtype)}")
+    return value
 
 
 def tensor(
@@ -19,13 +36,7 @@ def tensor(
 
     `shape` is what the message shows, such as ``"(B, L, H, D)"``; a leading ``...`` frees the rest.
     """
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{op}: {name} must be a torch.Tensor {shape}, got {type(value).__name__}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense (strided) tensor, got layout {value.layout}")
-    if value.dtype not in dtypes:
-        allowed = ", ".join(_name(dtype) for dtype in dtypes)
-        raise TypeError(f"{op}: {name} must be of dtype {allowed}, got {_name(value.dtype)}")
+    strided(op, name, value, shape, dtypes)
     if shape.startswith("(..."):
         if value.dim() < 1:
             raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(value.shape)}")
@@ -77,13 +88,15 @@ def integer(op: str, name: str, value: Any) -> int:
 
 
 def number(
-    op: str, name: str, value: Any, *, low: float = -math.inf, high: float = math.inf
+    op: str, name: str, value: Any, *, low: float = -_LARGEST, high: float = _LARGEST
 ) -> float:
     """`value` if it is an int or a float, finite and inside [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         raise TypeError(f"{op}: {name} must be a float, got {type(value).__name__}")
-    # Comparisons only: math.isfinite has no meaning for a symbolic float.
-    if not (low <= value <= high and -math.inf < value < math.inf):
-        bounds = "" if low == -math.inf else f" in [{low}, {high}]"
-        raise ValueError(f"{op}: {name} must be a finite number{bounds}, got {value}")
+    # Comparisons only: math.isfinite has no meaning for a symbolic float. They refuse NaN, the
+    # infinities and the ints that no float holds.
+    if not low <= value <= high:
+        least = "" if low == -_LARGEST else f", at least {low:g}"
+        most = "" if high == _LARGEST else f", at most {high:g}"
+        raise ValueError(f"{op}: {name} must be a finite number{least}{most}, got {value}")
     return value

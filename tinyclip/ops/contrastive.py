@@ -256,16 +256,18 @@ def _features(op, names, a, b, scale, teacher):
 
 def _scale(op, name, scale, a_name, a, dtype) -> Tensor:
     if not isinstance(scale, Tensor):
-        return a.new_full((), _checks.number(op, name, scale), dtype=dtype)
-    shape = "()" if scale.dim() == 0 else "(1,)"
+        return a.new_full((), _number(op, name, scale, dtype), dtype=dtype)
+    _checks.strided(op, name, scale, "() or (1,)")
     if scale.numel() != 1 or scale.dim() > 1:
         raise ValueError(f"{op}: {name} must have shape () or (1,), got {tuple(scale.shape)}")
-    if scale.dim() == 1:
-        _checks.tensor(op, name, scale, shape)
-    elif scale.dtype not in _checks.FLOATS:
-        raise TypeError(f"{op}: {name} must be of a float dtype, got {scale.dtype}")
     _checks.same_device(op, name, scale, a_name, a)
     return scale.reshape(()).to(dtype)
+
+
+def _number(op, name, value, dtype) -> float:
+    """`value` if it is a number that `dtype` holds."""
+    largest = torch.finfo(dtype).max
+    return _checks.number(op, name, value, low=-largest, high=largest)
 
 
 def _weight(op, name, weight, shape, size, scale) -> Tensor | None:
@@ -275,7 +277,7 @@ def _weight(op, name, weight, shape, size, scale) -> Tensor | None:
         _checks.sizes(op, name, weight, shape, (size,))
         _checks.same_device(op, name, weight, "a", scale)
         return weight.to(scale.dtype)
-    weight = _checks.number(op, name, weight)
+    weight = _number(op, name, weight, scale.dtype)
     return None if weight == 0.0 else scale.new_full((), weight)
 
 

@@ -70,6 +70,8 @@ def _prepare(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, activation="gelu"
     channels, hidden, channels_out = x.shape[-1], fc1_weight.shape[0], fc2_weight.shape[0]
     _checks.sizes(op, "fc1_weight", fc1_weight, "(F, C)", (None, channels))
     _checks.sizes(op, "fc2_weight", fc2_weight, "(C_out, F)", (None, hidden))
+    for name, weight in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
+        _checks.same_device(op, name, weight, "x", x)
     vectors = (
         ("fc1_bias", fc1_bias, "(F,)", hidden),
         ("fc2_bias", fc2_bias, "(C_out,)", channels_out),
@@ -80,8 +82,6 @@ def _prepare(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, activation="gelu"
             _checks.tensor(op, name, vector, shape)
             _checks.sizes(op, name, vector, shape, (size,))
             _checks.same_device(op, name, vector, "x", x)
-    for name, weight in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
-        _checks.same_device(op, name, weight, "x", x)
     if not isinstance(activation, str):
         raise TypeError(f"{op}: activation must be a string, got {type(activation).__name__}")
     if activation not in ACTIVATIONS:
