@@ -4,6 +4,7 @@ python -m bench                           every CPU case, within five minutes
 python -m bench attention/197 --list      what would be measured
 python -m bench layer_norm --compare HEAD~1
 python -m bench gpu                       build, baselines, GPU tests, every op, one JSON file
+python -m bench resources                 registers, spills, shared memory of every Triton tile
 python -m bench predict                   the roofs on an H200, as bench/notes.md has them
 """
 
@@ -49,6 +50,10 @@ def _gpu_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Run a command line; the exit status."""
+    if argv == ["resources"]:
+        from bench import resources  # needs triton
+
+        return resources.main()
     if argv[:1] == ["gpu"]:
         options = _gpu_parser().parse_args(argv[1:])
         base = options.out or Path(os.environ.get("BENCH_OUT") or ROOT / "bench" / "results")

@@ -22,6 +22,7 @@ from .attention_fwd import (
     kept_keys,
     load_rows,
     mask_arguments,
+    near,
     scale_arguments,
     scores,
     store_rows,
@@ -29,19 +30,19 @@ from .attention_fwd import (
 )
 from .launch import Launch, dot_precision
 from .tiling import split, tiles
-from .tuning import attention_config
+from .tuning import choose, kind_of
 
 
 @triton.jit
 def _load_queries(
-    offs_m, q_base, do_base, o_base, stats_base, stride_q, stride_do, stride_o, stride_stats,
-    Lq, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    start_m, offs_m, q_base, do_base, o_base, stats_base, stride_q, stride_do, stride_o,
+    stride_stats, Lq, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """q, dout, maximum and reciprocal sum of the softmax, and delta, of some queries."""
     in_rows = offs_m < Lq
-    q = load_rows(q_base, offs_m, stride_q, in_rows, D, BLOCK_D)
-    do = load_rows(do_base, offs_m, stride_do, in_rows, D, BLOCK_D)
-    o = load_rows(o_base, offs_m, stride_o, in_rows, D, BLOCK_D)
+    q = load_rows(q_base, start_m, stride_q, in_rows, D, BLOCK_D)
+    do = load_rows(do_base, start_m, stride_do, in_rows, D, BLOCK_D)
+    o = load_rows(o_base, start_m, stride_o, in_rows, D, BLOCK_D)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
     m = tl.load(stats_base + offs_m, mask=in_rows, other=0.0)
     l = tl.load(stats_base + stride_stats + offs_m, mask=in_rows, other=0.0)  # noqa: E741
@@ -77,8 +78,8 @@ def _keys_step(
     """One tile of queries adds its share to dK and dV."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q, do, m, inverse, delta = _load_queries(
-        offs_m, q_base, do_base, o_base, stats_base, stride_q, stride_do, stride_o, stride_stats,
-        Lq, D, BLOCK_D,
+        start_m, offs_m, q_base, do_base, o_base, stats_base, stride_q, stride_do, stride_o,
+        stride_stats, Lq, D, BLOCK_D,
     )  # fmt: skip
     p, _, ds = _tile(
         q, do, m, inverse, delta, k, v, keep, offs_m, offs_n, gate, scale_log2, CAUSAL,
@@ -104,8 +105,8 @@ def _own_keys(
     """dK and dV of BLOCK_N keys from start_n on."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     keep = kept_keys(mask_base, stride_mask, offs_n, Lk, HAS_MASK, True)
-    k = load_rows(k_base, offs_n, stride_k, keep, D, BLOCK_D)
-    v = load_rows(v_base, offs_n, stride_v, keep, D, BLOCK_D)
+    k = load_rows(k_base, start_n, stride_k, keep, D, BLOCK_D)
+    v = load_rows(v_base, start_n, stride_v, keep, D, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     first = start_n // BLOCK_M if CAUSAL else 0
@@ -123,9 +124,9 @@ def _own_keys(
             D, TAIL_M, BLOCK_D, CAUSAL, NEED_K, NEED_V, NEGATE, PRECISION,
         )  # fmt: skip
     if NEED_K:
-        store_rows(dk_base, offs_n, stride_dk, offs_n < Lk, dk * scale, D, BLOCK_D)
+        store_rows(dk_base, start_n, stride_dk, offs_n < Lk, dk * scale, D, BLOCK_D)
     if NEED_V:
-        store_rows(dv_base, offs_n, stride_dv, offs_n < Lk, dv * gate, D, BLOCK_D)
+        store_rows(dv_base, start_n, stride_dv, offs_n < Lk, dv * gate, D, BLOCK_D)
 
 
 @triton.jit
@@ -139,8 +140,8 @@ def _queries_step(
     """One tile of keys adds its share to dQ, and to the gate's row sum P dP."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     keep = kept_keys(mask_base, stride_mask, offs_n, Lk, HAS_MASK, True)
-    k = load_rows(k_base, offs_n, stride_k, keep, D, BLOCK_D)
-    v = load_rows(v_base, offs_n, stride_v, keep, D, BLOCK_D)
+    k = load_rows(k_base, start_n, stride_k, keep, D, BLOCK_D)
+    v = load_rows(v_base, start_n, stride_v, keep, D, BLOCK_D)
     p, dp, ds = _tile(
         q, do, m, inverse, delta, k, v, keep, offs_m, offs_n, gate, scale_log2, CAUSAL,
         NEGATE, PRECISION,
@@ -166,8 +167,8 @@ def _own_queries(
     """dQ of BLOCK_M queries from start_m on, and their part of the gate's gradient."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q, do, m, inverse, delta = _load_queries(
-        offs_m, q_base, do_base, o_base, stats_base, stride_q, stride_do, stride_o, stride_stats,
-        Lq, D, BLOCK_D,
+        start_m, offs_m, q_base, do_base, o_base, stats_base, stride_q, stride_do, stride_o,
+        stride_stats, Lq, D, BLOCK_D,
     )  # fmt: skip
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -189,7 +190,7 @@ def _own_queries(
                 D, TAIL_N, BLOCK_D, CAUSAL, HAS_MASK, NEED_Q, NEED_GATE, NEGATE, PRECISION,
             )  # fmt: skip
     if NEED_Q:
-        store_rows(dq_base, offs_m, stride_dq, offs_m < Lq, dq * scale, D, BLOCK_D)
+        store_rows(dq_base, start_m, stride_dq, offs_m < Lq, dq * scale, D, BLOCK_D)
     if NEED_GATE:
         tl.store(dgate_pointer, tl.sum(row_sum, axis=0))
 
@@ -207,11 +208,11 @@ def _own_head(
     """Everything at once, where one tile holds all queries and all keys."""
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     keep = kept_keys(mask_base, stride_mask, offs_n, Lk, HAS_MASK, True)
-    k = load_rows(k_base, offs_n, stride_k, keep, D, BLOCK_D)
-    v = load_rows(v_base, offs_n, stride_v, keep, D, BLOCK_D)
+    k = load_rows(k_base, 0, stride_k, keep, D, BLOCK_D)
+    v = load_rows(v_base, 0, stride_v, keep, D, BLOCK_D)
     q, do, m, inverse, delta = _load_queries(
-        offs_m, q_base, do_base, o_base, stats_base, stride_q, stride_do, stride_o, stride_stats,
-        Lq, D, BLOCK_D,
+        0, offs_m, q_base, do_base, o_base, stats_base, stride_q, stride_do, stride_o,
+        stride_stats, Lq, D, BLOCK_D,
     )  # fmt: skip
     p, dp, ds = _tile(
         q, do, m, inverse, delta, k, v, keep, offs_m, offs_n, gate, scale_log2, CAUSAL,
@@ -219,16 +220,16 @@ def _own_head(
     )  # fmt: skip
     if NEED_V:
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
-        store_rows(dv_base, offs_n, stride_dv, offs_n < Lk, dv * gate, D, BLOCK_D)
+        store_rows(dv_base, 0, stride_dv, offs_n < Lk, dv * gate, D, BLOCK_D)
     if NEED_GATE:
         tl.store(dgate_pointer, tl.sum(tl.sum(p * dp, axis=1), axis=0))
     ds = ds.to(q.dtype)
     if NEED_K:
         dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
-        store_rows(dk_base, offs_n, stride_dk, offs_n < Lk, dk * scale, D, BLOCK_D)
+        store_rows(dk_base, 0, stride_dk, offs_n < Lk, dk * scale, D, BLOCK_D)
     if NEED_Q:
         dq = tl.dot(ds, k, input_precision=PRECISION)
-        store_rows(dq_base, offs_m, stride_dq, offs_m < Lq, dq * scale, D, BLOCK_D)
+        store_rows(dq_base, 0, stride_dq, offs_m < Lq, dq * scale, D, BLOCK_D)
 
 
 @triton.jit
@@ -312,14 +313,14 @@ def _attention_bwd_kernel(
 
 
 def plan_attention_bwd(
-    dout, q, k, v, out, stats, key_mask, head_gate, causal, scale, needs, gradients, config=None
+    dout, q, k, v, out, stats, key_mask, head_gate, causal, scale, needs, gradients, tile
 ):
     """The launch that fills `gradients` (dq, dk, dv), and the gate's partials (B, H, tiles)."""
+    dout, q, k, v, out = (near(x) for x in (dout, q, k, v, out))
     b, lq, h, d = q.shape
     lk = k.shape[1]
-    config = config or attention_config("bwd", q, max(lq, lk), causal)
     need_q, need_k, need_v, need_gate = needs
-    block_m, block_n = config.block_m, config.block_n
+    block_m, block_n = tile.block_m, tile.block_n
     whole = lq <= block_m and lk <= block_n
     key_tiles = tiles(lk, block_n) if need_k or need_v else 0
     query_tiles = tiles(lq, block_m) if need_q or need_gate else 0
@@ -339,19 +340,20 @@ def plan_attention_bwd(
         **{"BLOCK_M": block_m, "TAIL_M": split(lq, block_m)},
         **{"BLOCK_N": block_n, "TAIL_N": split(lk, block_n)},
         **{"NEED_Q": need_q, "NEED_K": need_k, "NEED_V": need_v, "NEED_GATE": need_gate},
-        **{"PRECISION": dot_precision(q.dtype), "NUM_STAGES": config.num_stages},
+        **{"PRECISION": dot_precision(q.dtype), "NUM_STAGES": tile.num_stages},
     }
     programs = b * h * (1 if whole else key_tiles + query_tiles)
-    return Launch(_attention_bwd_kernel, programs, arguments, config.num_warps), partials
+    return Launch(_attention_bwd_kernel, programs, arguments, tile.num_warps), partials
 
 
 def _launch(dout, q, k, v, out, stats, key_mask, head_gate, causal, scale, needs, gradients):
     """Fill `gradients`; -> the gate's gradient, or empty."""
     if not any(needs):
         return q.new_empty(0)
-    launch, partials = plan_attention_bwd(
-        dout, q, k, v, out, stats, key_mask, head_gate, causal, scale, needs, gradients
-    )
+    fixed = (dout, q, k, v, out, stats, key_mask, head_gate, causal, scale, needs, gradients)
+    key = kind_of("bwd", q, max(q.shape[1], k.shape[1]), causal)
+    tile = choose(key, lambda tile: plan_attention_bwd(*fixed, tile)[0].milliseconds(q))
+    launch, partials = plan_attention_bwd(*fixed, tile)
     launch.run(q)
     if not needs[3]:
         return q.new_empty(0)

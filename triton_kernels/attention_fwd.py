@@ -17,23 +17,29 @@ import triton.language as tl
 
 from .launch import LOG2E, Launch, dot_precision
 from .tiling import ragged, split, tiles
-from .tuning import attention_config
+from .tuning import choose, kind_of
 
 
 @triton.jit
-def load_rows(base, rows, stride, keep, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] of a (L, D) head; zeros where a row is not kept and beyond D."""
-    offs_d = tl.arange(0, BLOCK_D)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
-    return tl.load(pointers, mask=keep[:, None] & (offs_d < D)[None, :], other=0.0)
+def _row_pointers(base, start, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where the rows of a tile begin is 64 bit, where an element lies in the tile 32 (`near`)."""
+    offsets = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
+    return base + tl.cast(start, tl.int64) * stride + offsets
 
 
 @triton.jit
-def store_rows(base, rows, stride, keep, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(base, start, stride, keep, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] of a (L, D) head from row start on; zeros where not kept and beyond D."""
+    pointers = _row_pointers(base, start, stride, keep.shape[0], BLOCK_D)
+    keep = keep[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    return tl.load(pointers, mask=keep, other=0.0)
+
+
+@triton.jit
+def store_rows(base, start, stride, keep, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The counterpart of load_rows, in the pointer's dtype."""
-    offs_d = tl.arange(0, BLOCK_D)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
-    keep = keep[:, None] & (offs_d < D)[None, :]
+    pointers = _row_pointers(base, start, stride, keep.shape[0], BLOCK_D)
+    keep = keep[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     tl.store(pointers, values.to(base.dtype.element_ty), mask=keep)
 
 
@@ -65,7 +71,7 @@ def _attend_tile(
     """One tile of keys: fold it into the running maximum m, sum l and output acc."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     keep = kept_keys(mask_base, stride_mask, offs_n, Lk, HAS_MASK, RAGGED)
-    k = load_rows(k_base, offs_n, stride_k, keep, D, BLOCK_D)
+    k = load_rows(k_base, start_n, stride_k, keep, D, BLOCK_D)
     s = scores(q, k, NEGATE, PRECISION)
     if HAS_MASK or RAGGED:
         s = tl.where(keep[None, :], s, float("-inf"))
@@ -77,7 +83,7 @@ def _attend_tile(
     p = tl.exp2((s - m_safe[:, None]) * scale_log2)
     rescale = tl.exp2((m - m_safe) * scale_log2)
     l = l * rescale + tl.sum(p, axis=1)  # noqa: E741
-    v = load_rows(v_base, offs_n, stride_v, keep, D, BLOCK_D)
+    v = load_rows(v_base, start_n, stride_v, keep, D, BLOCK_D)
     acc = acc * rescale[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return m_new, l, acc
@@ -94,7 +100,7 @@ def _attend_rows(
     """BLOCK_M queries from start_m on: every key past them, then out and stats."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     in_rows = offs_m < Lq
-    q = load_rows(q_base, offs_m, stride_q, in_rows, D, BLOCK_D)
+    q = load_rows(q_base, start_m, stride_q, in_rows, D, BLOCK_D)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -116,7 +122,7 @@ def _attend_rows(
                 D, TAIL_N, BLOCK_D, CAUSAL, HAS_MASK, True, NEGATE, PRECISION,
             )  # fmt: skip
     acc = acc * (gate / tl.where(l == 0.0, 1.0, l))[:, None]
-    store_rows(out_base, offs_m, stride_out, in_rows, acc, D, BLOCK_D)
+    store_rows(out_base, start_m, stride_out, in_rows, acc, D, BLOCK_D)
     tl.store(stats_base + offs_m, m, mask=in_rows)
     tl.store(stats_base + stride_stats + offs_m, l, mask=in_rows)
 
@@ -168,6 +174,11 @@ def block_d(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
 
+def near(x: torch.Tensor) -> torch.Tensor:
+    """x, copied if its rows lie so far apart that a tile of them leaves 32-bit offsets."""
+    return x if x.stride(1) < 2**31 // 256 else x.contiguous()
+
+
 def tensor_arguments(**tensors) -> dict:
     """Pointers and strides of (B, L, H, D) tensors, named as the kernels name them."""
     arguments = {}
@@ -206,12 +217,12 @@ def scale_arguments(scale) -> dict:
     return {"scale_log2": max(abs(float(scale)) * LOG2E, 1e-30), "NEGATE": float(scale) < 0}
 
 
-def plan_attention_fwd(q, k, v, out, stats, key_mask, head_gate, causal, scale, config=None):
+def plan_attention_fwd(q, k, v, out, stats, key_mask, head_gate, causal, scale, tile):
     """The launch that fills out (B, Lq, H, D) and stats (2, B, H, Lq)."""
+    q, k, v = near(q), near(k), near(v)
     b, lq, h, d = q.shape
     lk = k.shape[1]
-    config = config or attention_config("fwd", q, max(lq, lk), causal)
-    block_m, block_n = config.block_m, config.block_n
+    block_m, block_n = tile.block_m, tile.block_n
     arguments = {
         **tensor_arguments(q=q, k=k, v=v, o=out),
         "stats_ptr": stats,
@@ -222,9 +233,9 @@ def plan_attention_fwd(q, k, v, out, stats, key_mask, head_gate, causal, scale, 
         **{"D": d, "BLOCK_D": block_d(d), "CAUSAL": causal},
         **{"BLOCK_M": block_m, "TAIL_M": split(lq, block_m)},
         **{"BLOCK_N": block_n, "TAIL_N": split(lk, block_n), "RAGGED_N": ragged(lk, block_n)},
-        **{"PRECISION": dot_precision(q.dtype), "NUM_STAGES": config.num_stages},
+        **{"PRECISION": dot_precision(q.dtype), "NUM_STAGES": tile.num_stages},
     }
-    return Launch(_attention_fwd_kernel, b * h * tiles(lq, block_m), arguments, config.num_warps)
+    return Launch(_attention_fwd_kernel, b * h * tiles(lq, block_m), arguments, tile.num_warps)
 
 
 def attention_fwd(q, k, v, key_mask, head_gate, causal, scale):
@@ -235,5 +246,10 @@ def attention_fwd(q, k, v, key_mask, head_gate, causal, scale):
     b, lq, h, _ = q.shape
     out = q.new_empty(q.shape)
     stats = q.new_empty(2, b, h, lq, dtype=torch.float32)
-    plan_attention_fwd(q, k, v, out, stats, key_mask, head_gate, causal, scale).run(q)
+
+    def plan(tile):
+        return plan_attention_fwd(q, k, v, out, stats, key_mask, head_gate, causal, scale, tile)
+
+    key = kind_of("fwd", q, max(lq, k.shape[1]), causal)
+    plan(choose(key, lambda tile: plan(tile).milliseconds(q))).run(q)
     return out, stats

@@ -23,6 +23,12 @@ class Launch(NamedTuple):
                 **self.arguments, num_warps=self.num_warps, enable_fp_fusion=True
             )
 
+    def milliseconds(self, on: torch.Tensor) -> float:
+        """The median time of a launch; writes what a launch writes."""
+        from triton.testing import do_bench
+
+        return do_bench(lambda: self.run(on), return_mode="median")
+
 
 def dot_precision(dtype: torch.dtype) -> str:
     """tl.dot's input_precision: as torch.get_float32_matmul_precision() says for fp32 products."""

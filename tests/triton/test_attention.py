@@ -11,6 +11,8 @@ from tests.support import attention
 from tests.support.draw import LAYOUTS, REGIMES, UPSTREAM
 from tests.support.rule import Tally, assert_rule
 from tinyclip import ops
+from tinyclip.triton_kernels import attention_bwd, attention_fwd
+from tinyclip.triton_kernels.tuning import Tile, table
 
 pytestmark = pytest.mark.usefixtures("poisoned", "interpreter")
 
@@ -22,8 +24,15 @@ CHOICES = {
     "heads": (1, 2),
 }
 SEEDS = range(440)
+# Every tile of the table: with main tiles of 16 there are no tails, with 64 there are both.
+TILES = sorted({Tile(*row["tile"])[:2] for row in table()})
 PARTS = 2
 _packed = partial(attention.make, packed=True)
+
+
+def _keys(drawn):
+    """How many keys a problem has."""
+    return drawn.tensors["qkv" if "qkv" in drawn.tensors else "k"].shape[1]
 
 
 def problem(seed):
@@ -31,11 +40,25 @@ def problem(seed):
     return (_packed if seed % 3 == 0 else attention.make)(seed, **CHOICES)
 
 
+@pytest.fixture
+def tiled(monkeypatch):
+    """Make the launches use tile number n of the table, of those not too small for the length."""
+
+    def use(number, length):
+        tiles = [tile for tile in TILES if length <= 6 * min(tile)]
+        tile = Tile(*tiles[number % len(tiles)], 4, 1)
+        for module in (attention_fwd, attention_bwd):
+            monkeypatch.setattr(module, "choose", lambda key, milliseconds: tile)
+
+    return use
+
+
 @pytest.mark.parametrize("part", range(PARTS))
-def test_the_rule(part):
+def test_the_rule(part, tiled):
     tally = Tally()
     for seed in SEEDS[part::PARTS]:
         drawn = problem(seed)
+        tiled(seed // PARTS, max(drawn.douts[0].shape[1], _keys(drawn)))
         tally.add(drawn.label, drawn.judge("triton"))
     tally.verdict()
 
@@ -58,7 +81,7 @@ def test_every_value_is_drawn():
 
 @pytest.mark.parametrize("length", [1, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 80, 81, 96, 97, 129])
 @pytest.mark.parametrize("causal", [False, True])
-def test_lengths_around_the_tiles(length, causal):
+def test_lengths_around_the_tiles(length, causal, tiled):
     """Off by one at every edge of main tiles and tails, self and against one key more."""
     options = {"dims": [16], "regimes": ["normal"], "lengths": [length], "batches": [1]}
     for seed in range(40):
@@ -66,7 +89,9 @@ def test_lengths_around_the_tiles(length, causal):
         if drawn.options["causal"] == causal:
             break
     drawn.frozen = frozenset()
-    assert_rule(drawn.judge("triton"), drawn.label)
+    for number in range(len(TILES)):
+        tiled(number, 1)
+        assert_rule(drawn.judge("triton"), f"{drawn.label} {TILES[number]}")
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -123,9 +148,17 @@ def test_a_visible_nan_stays_in_its_batch_and_head():
 
 def test_many_heads_stay_on_grid_axis_0():
     """More than 65,535 programs, the limit of axes 1 and 2, run under one axis."""
-    from tinyclip.triton_kernels.attention_fwd import plan_attention_fwd
-
     q = torch.empty(4096, 5, 20, 16, device="meta", dtype=torch.float16)
-    lse = torch.empty(4096, 20, 5, device="meta")
-    launch = plan_attention_fwd(q, q, q, q, lse, None, None, False, 0.25)
+    stats = torch.empty(2, 4096, 20, 5, device="meta")
+    launch = attention_fwd.plan_attention_fwd(
+        q, q, q, q, stats, None, None, False, 0.25, Tile(64, 64, 4, 2)
+    )
     assert launch.programs == 4096 * 20
+
+
+def test_rows_too_far_apart_are_copied():
+    """Offsets inside a tile are 32 bit: a stride that would leave them is taken off the tensor."""
+    far = torch.empty_strided((1, 2, 1, 16), (16, 2**24, 16, 1), device="meta")
+    near = torch.empty(1, 2, 1, 16)
+    assert attention_fwd.near(far).stride(1) == 16
+    assert attention_fwd.near(near) is near

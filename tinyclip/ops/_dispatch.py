@@ -7,6 +7,7 @@ overrides `Slower`, and on `Cannot` raises `BackendUnavailable`: it never falls 
 """
 
 import difflib
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -232,5 +233,9 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
     if not args and not kwargs:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         args, kwargs = _OPS[name].example(device)
+    try:
+        inspect.signature(_OPS[name].function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from None
     spec, _ = _OPS[name].prepare(*args, **kwargs)
     return _explain(spec)

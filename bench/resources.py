@@ -1,0 +1,167 @@
+"""``python -m bench resources``: what every shipped Triton tile takes of a chip, without one.
+
+Each row of the tuning table is compiled ahead of time for its architecture at CLIP's lengths, and
+the machine code is read: registers, spills, shared memory, tensor-core instructions; with them the
+predicted occupancy, and the fraction of the tiles' work that is useful. Needs triton, no GPU.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from tinyclip.triton_kernels import tiling
+from tinyclip.triton_kernels.attention_bwd import plan_attention_bwd
+from tinyclip.triton_kernels.attention_fwd import plan_attention_fwd
+from tinyclip.triton_kernels.launch import Launch
+from tinyclip.triton_kernels.tuning import Kind, Tile, shipped, table
+
+# Per multiprocessor, CUDA programming guide: shared memory a block may have, and all there is.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_ALL = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+REGISTERS, WARPS = 65536, 64
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+_TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA")
+
+
+class Problem(NamedTuple):
+    """An attention problem to compile for; the batch and the heads do not count."""
+
+    length: int
+    causal: bool = False
+    masked: bool = False  # key_mask and head_gate
+
+
+class Resources(NamedTuple):
+    """What the machine code of a launch takes; spills in bytes of stack a thread."""
+
+    registers: int
+    spills: int
+    shared: int
+    tensor_core: str
+    blocks_per_sm: int
+
+
+def source(launch: Launch):
+    """The launch as Triton's ahead-of-time compiler takes it, specialised as at run time."""
+    from triton.compiler import ASTSource
+
+    signature, constants, hints = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+            hints[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                hints[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, hints)
+
+
+def _cuobjdump(flag: str, cubin: Path) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def resources(launch: Launch, arch: int) -> Resources:
+    """Compile a launch for an architecture and read what came out."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    compiled = triton.compile(
+        source(launch),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": launch.num_warps, "enable_fp_fusion": True},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage, sass = _cuobjdump("-res-usage", cubin), _cuobjdump("-sass", cubin)
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    stack = int(re.search(r"STACK:(\d+)", usage)[1])
+    counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in _TENSOR_CORE}
+    shared = compiled.metadata.shared
+    threads = 32 * launch.num_warps
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
+    by_shared = SHARED_ALL[arch] // (shared + 1024)  # the driver keeps 1 KiB a block
+    return Resources(
+        registers,
+        stack,
+        shared,
+        " ".join(f"{name} {count}" for name, count in counts.items() if count) or "none",
+        min(by_registers, by_shared, WARPS // launch.num_warps, 32),
+    )
+
+
+def attention_launch(kind: str, dtype: torch.dtype, d: int, problem: Problem, tile: Tile) -> Launch:
+    """A launch on tensors without memory: packed in, as the modules call it."""
+    b, h, length = 4, 12, problem.length
+    meta = {"device": "meta", "dtype": dtype}
+    q, k, v = torch.empty(b, length, 3, h, d, **meta).unbind(2)
+    out = torch.empty(b, length, h, d, **meta)
+    stats = torch.empty(2, b, h, length, device="meta")
+    mask = gate = None
+    if problem.masked:
+        mask = torch.empty(b, length, dtype=torch.bool, device="meta")
+        gate = torch.empty(h, device="meta")
+    shared = (out, stats, mask, gate, problem.causal, d**-0.5)
+    if kind == "fwd":
+        return plan_attention_fwd(q, k, v, *shared, tile)
+    needs = [True, True, True, problem.masked]
+    return plan_attention_bwd(out, q, k, v, *shared, needs, [q, k, v], tile)[0]
+
+
+def shipped_launches() -> Iterator[tuple[str, int, Tile, Problem, Launch]]:
+    """Every row of the table with the problems it serves: (name, arch, tile, problem, launch)."""
+    for row in table():
+        dtype = torch.bfloat16 if row["bits"] == 16 else torch.float32
+        problems = [Problem(50), Problem(50, True, True)]
+        if row["length"] is None:
+            problems = [Problem(77, True), Problem(197), Problem(257, False, True)]
+        for problem in problems:
+            arches = [row["arch"]] if row["bits"] == 16 else [80, 90, 100]
+            for arch in arches:
+                key = Kind(row["kind"], arch, row["bits"], row["d"], *problem[:2])
+                tile = Tile(*row["tile"])
+                if shipped(key) != tile:
+                    continue
+                name = f"{row['kind']} {str(dtype).removeprefix('torch.')} D{row['d']}"
+                launch = attention_launch(row["kind"], dtype, row["d"], problem, tile)
+                yield name, arch, tile, problem, launch
+
+
+def main() -> int:
+    """Print the table; 1 if anything spills or asks for more shared memory than there is."""
+    columns = ("kernel", "sm", "tile", "L", "useful", "regs", "spills", "shared", "blocks/SM")
+    print(f"{'  '.join(f'{name:>9}' for name in columns)}  tensor-core instructions")
+    bad = 0
+    for name, arch, tile, problem, launch in shipped_launches():
+        found = resources(launch, arch)
+        length = problem.length
+        useful = tiling.useful_fraction(length, length, tile.block_m, tile.block_n, problem.causal)
+        shape = f"{length}{'c' if problem.causal else ''}{'m' if problem.masked else ''}"
+        size = f"{tile.block_m}x{tile.block_n}/{tile.num_warps}/{tile.num_stages}"
+        print(
+            f"{name:>18} {arch:>4} {size:>11} {shape:>6} {useful:>6.0%} {found.registers:>5}"
+            f" {found.spills:>6} {found.shared:>7} {found.blocks_per_sm:>3}  {found.tensor_core}",
+            flush=True,
+        )
+        bad += found.spills > 0 or found.shared > SHARED_LIMIT[arch]
+    return 1 if bad else 0
