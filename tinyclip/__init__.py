@@ -20,6 +20,13 @@ _PUBLIC = {
     "BackendUnavailable": "tinyclip.ops:BackendUnavailable",
     "backend": "tinyclip.ops:backend",
     "explain": "tinyclip.ops:explain",
+    "nn": "tinyclip.nn",
+    "models": "tinyclip.models",
+    "create_model": "tinyclip.models:create_model",
+    "list_models": "tinyclip.models:list_models",
+    "save": "tinyclip.models:save",
+    "load": "tinyclip.integrations:load",
+    "get_tokenizer": "tinyclip.integrations:get_tokenizer",
 }
 
 __all__ = ["__version__", *_PUBLIC]

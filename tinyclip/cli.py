@@ -26,6 +26,11 @@ COMMANDS = (
     Command(
         "doctor", "tinyclip.env", "what is installed, and which backend would run each operation"
     ),
+    Command(
+        "convert",
+        "tinyclip.integrations.convert",
+        "a checkpoint of any published layout to a folder in another",
+    ),
 )
 
 

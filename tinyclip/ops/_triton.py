@@ -7,7 +7,15 @@ import torch
 
 from tinyclip.ops._dispatch import Cannot, Slower, Spec
 
-_INSTALLED = importlib.util.find_spec("triton") is not None
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:  # an import hook that refuses it
+        return False
+
+
+_INSTALLED = _installed()
 # Triton reads it when a kernel is defined; so it holds for the life of the process.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -1,0 +1,185 @@
+"""CLIP's two towers, with open_clip's parameter names and shapes.
+
+Letters: B batch, L tokens, C channels, E embedding.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tinyclip.models.config import CLIPConfig, Layer, VisionConfig
+from tinyclip.nn import LayerNorm, ResidualAttentionBlock
+
+
+class Transformer(nn.Module):
+    """A stack of blocks, each with its own heads and hidden width."""
+
+    def __init__(
+        self, width: int, layers: Sequence[Layer], head_dim: int, activation: str, eps: float
+    ):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.resblocks = nn.ModuleList(
+            ResidualAttentionBlock(
+                width,
+                layer.heads or 0,
+                mlp_ratio=None,
+                mlp_width=layer.mlp_width,
+                head_dim=head_dim,
+                activation=activation,
+                eps=eps,
+            )
+            for layer in layers
+        )
+
+    def forward(self, x: Tensor, is_causal: bool = False) -> Tensor:
+        """x (B, L, C) -> (B, L, C)."""
+        for block in self.resblocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, is_causal=is_causal, use_reentrant=False)
+            else:
+                x = block(x, is_causal=is_causal)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """The image tower: patches and a class token, whose last state is projected."""
+
+    def __init__(self, config: VisionConfig, embed_dim: int, activation: str, eps: float):
+        super().__init__()
+        self.image_size, self.patch_size = config.image_size, config.patch_size
+        width, scale = config.width, config.width**-0.5
+        self.conv1 = nn.Conv2d(3, width, self.patch_size, stride=self.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(config.tokens, width))
+        self.ln_pre = LayerNorm(width, eps, keep_dtype=True)
+        self.transformer = Transformer(width, config.layers, config.head_dim, activation, eps)
+        self.ln_post = LayerNorm(width, eps, keep_dtype=True)
+        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image (B, 3, S, S) -> (B, E)."""
+        size = self.image_size
+        if image.dim() != 4 or tuple(image.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"encode_image: image must have shape (B, 3, {size}, {size}), got"
+                f" {tuple(image.shape)}; load(..., image_size=) makes a model of another size"
+            )
+        x = self.conv1(image).flatten(2).transpose(1, 2)
+        first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        x = torch.cat([first, x], dim=1) + self.positional_embedding.to(x.dtype)
+        x = self.transformer(self.ln_pre(x))
+        # A norm works token by token, so only the one that is kept needs it.
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class CLIP(nn.Module):
+    """An image tower and a text tower that meet in one space.
+
+    Parameter names and shapes are those of open_clip's ``CLIP`` (and of OpenAI's), irregular
+    widths aside. A state dict's ``logit_scale`` may be () or (1,).
+
+    Args:
+        config: both towers.
+        nonscalar_logit_scale: make ``logit_scale`` (1,) instead of (), as FSDP needs it.
+    """
+
+    def __init__(self, config: CLIPConfig, nonscalar_logit_scale: bool = False):
+        super().__init__()
+        self.config = config
+        text, shared = config.text, (config.activation, config.layer_norm_eps)
+        self.context_length, self.vocab_size = text.context_length, text.vocab_size
+        self.visual = VisionTransformer(config.vision, config.embed_dim, *shared)
+        self.transformer = Transformer(text.width, text.layers, text.head_dim, *shared)
+        self.token_embedding = nn.Embedding(text.vocab_size, text.width)
+        self.positional_embedding = nn.Parameter(torch.empty(text.context_length, text.width))
+        self.ln_final = LayerNorm(text.width, config.layer_norm_eps, keep_dtype=True)
+        self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
+        shape = [1] if nonscalar_logit_scale else []
+        self.logit_scale = nn.Parameter(torch.full(shape, math.log(1 / 0.07)))
+        self._initialise_text()
+
+    def _initialise_text(self) -> None:
+        """The text tower's initial weights as in OpenAI's CLIP; the image tower has torch's."""
+        width, layers = self.config.text.width, self.config.text.layers
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+        into_stream = width**-0.5 * (2 * max(1, len(layers))) ** -0.5
+        for block in self.transformer.resblocks:
+            if block.attn is not None:
+                nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+                nn.init.normal_(block.attn.out_proj.weight, std=into_stream)
+            if block.mlp is not None and block.mlp.c_fc.out_features:
+                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+                nn.init.normal_(block.mlp.c_proj.weight, std=into_stream)
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """Embed images.
+
+        Args:
+            image: (B, 3, S, S) of the config's size, preprocessed, float.
+            normalize: divide each row by its length.
+
+        Returns:
+            (B, E) in the parameters' dtype, under autocast in the autocast dtype.
+
+        Raises:
+            ValueError: the image has another shape.
+        """
+        features = self.visual(image)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Embed captions, pooled at the largest token id, which is the end of text.
+
+        Args:
+            text: (B, L) token ids, int64 or int32. L may be anything up to the context length: the
+                tower is causal, so what follows the end of a caption never counts.
+            normalize: divide each row by its length.
+
+        Returns:
+            (B, E) in the parameters' dtype, under autocast in the autocast dtype.
+
+        Raises:
+            ValueError: the captions are longer than the context, or have another shape.
+        """
+        if text.dim() != 2 or not 1 <= text.shape[1] <= self.context_length:
+            raise ValueError(
+                f"encode_text: text must have shape (B, L) with L in 1..{self.context_length}, got"
+                f" {tuple(text.shape)}"
+            )
+        x = self.token_embedding(text)
+        x = x + self.positional_embedding[: text.shape[1]].to(x.dtype)
+        x = self.transformer(x, is_causal=True)
+        x = x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]
+        features = self.ln_final(x) @ self.text_projection
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(
+        self, image: Tensor | None = None, text: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """-> (image (B, E), text (B, E), scale): features L2-normalised, the scale exp'd.
+
+        An input that is None gives None. The scale has the shape of ``logit_scale``.
+        """
+        return (
+            None if image is None else self.encode_image(image, normalize=True),
+            None if text is None else self.encode_text(text, normalize=True),
+            self.logit_scale.exp(),
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for backward, and compute the rest again."""
+        self.visual.transformer.grad_checkpointing = enable
+        self.transformer.grad_checkpointing = enable
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        scale = state_dict.get(prefix + "logit_scale")
+        if isinstance(scale, Tensor) and scale.numel() == 1:
+            state_dict[prefix + "logit_scale"] = scale.reshape(self.logit_scale.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
