@@ -38,7 +38,7 @@ def test_python_runs(path, line, code):
 
 
 def test_there_is_python_to_run():
-    assert [sum(path == of for of, *_ in EXAMPLES) for path in (README, OPS)] == [1, 5]
+    assert {of for of, *_ in EXAMPLES} >= {README, OPS}
 
 
 def commands(path: Path) -> list[str]:
@@ -103,4 +103,4 @@ def test_every_op_has_its_section_and_its_backends():
     for op, promised in table.items():
         assert re.search(rf"\b{op}\b", sections)
         rows = [name for name, _, _ in tinyclip.explain(op).rows]
-        assert [name for name in rows if name in promised] == re.findall(r"\w+", promised)
+        assert rows == re.findall(r"\w+", promised)

@@ -21,8 +21,9 @@ def loss(image, text, logit_scale, teacher_image, teacher_text, *, teacher_scale
 
 
 def _fused(image, text, logit_scale, teacher_image, teacher_text, *, teacher_scale, alpha):
-    """open_clip's loss and TinyCLIP's soft loss: whole matrices and F.cross_entropy, in fp32."""
-    image, text, logit_scale = image.float(), text.float(), logit_scale.float().reshape(())
+    """open_clip's loss and TinyCLIP's soft loss: whole matrices, F.cross_entropy, fp32 or fp64."""
+    work = torch.promote_types(image.dtype, torch.float32)
+    image, text, logit_scale = (x.to(work) for x in (image, text, logit_scale.reshape(())))
     logits = logit_scale * image @ text.T
     labels = torch.arange(len(image), device=image.device)
     value = 0.0
@@ -30,7 +31,7 @@ def _fused(image, text, logit_scale, teacher_image, teacher_text, *, teacher_sca
         hard = F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)
         value = value + (1 - alpha) * hard / 2
     if alpha > 0:
-        target = teacher_scale * teacher_image.detach().float() @ teacher_text.detach().float().T
+        target = teacher_scale * teacher_image.detach().to(work) @ teacher_text.detach().to(work).T
         soft = F.cross_entropy(logits, target.softmax(1))
         soft = soft + F.cross_entropy(logits.T, target.T.softmax(1))
         value = value + alpha * soft / 2
@@ -38,7 +39,7 @@ def _fused(image, text, logit_scale, teacher_image, teacher_text, *, teacher_sca
 
 
 def _cond(problem: Problem, tensors, douts):
-    """Gradients: s (P + T) |B|, with 8 + s roundings, of fp32 whatever the features' dtype."""
+    """Gradients: s (P + T) |B|, with 8 + s roundings, of fp32 (fp64 for fp64) logits."""
     image, text, scale = tensors["image"], tensors["text"], tensors["logit_scale"].reshape(())
     alpha, m = problem.options["alpha"], len(tensors["image"])
     cosines = image @ text.T
@@ -52,7 +53,8 @@ def _cond(problem: Problem, tensors, douts):
         t_rows = (1 - alpha) * t_rows + alpha * t.softmax(1)
         t_cols = (1 - alpha) * t_cols + alpha * t.softmax(0)
     ds = (p_rows + t_rows + p_cols + t_cols) / (2 * m) * douts[0].abs()
-    eps = torch.finfo(torch.float32).eps
+    work = torch.promote_types(problem.tensors["image"].dtype, torch.float32)
+    eps = torch.finfo(work).eps
     level = s.abs().amax(1).mean() + s.abs().amax(0).mean() + s.diagonal().abs().mean()
     conds = {
         "out": level + soft_terms + 2 * torch.log(torch.tensor(float(m))),

@@ -269,7 +269,7 @@ def _contrastive() -> Iterator[Row]:
         yield Row(op, f"text-{n}_rows", {"text": some(n, D), **alone}, ValueError, "text")
     nothing = {"image": some(0, D), "text": some(0, D), **alone}
     yield Row(op, "image-no_rows", nothing, ValueError, "image")
-    yield from rows(op, ValueError, "group", text="world", int=0, ranks=[0, 1], object=object())
+    yield from rows(op, TypeError, "group", text="world", int=0, ranks=[0, 1], object=object())
     op = "contrastive_grads"
     others = {"none": None, "tuple": tuple(_STATS), "tensor": some(5, 3), "teacher": _teacher()}
     yield from rows(op, TypeError, "stats", **others)

@@ -23,7 +23,7 @@ _WHERE = (
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` in `file` becomes `new`; `tests` are pytest's arguments, of which some test must fail."""
+    """`old` in `file` becomes `new`; of `tests`, pytest's arguments, some test must then fail."""
 
     name: str
     file: str

@@ -26,6 +26,7 @@ _MODULES: dict[Any, str] = {
     ("attention_fwd", "triton"): "tinyclip.triton_kernels.attention_fwd",
     ("attention_bwd", "triton"): "tinyclip.triton_kernels.attention_bwd",
     ("attention_qkv_bwd", "triton"): "tinyclip.triton_kernels.attention_bwd",
+    "cpu": "tinyclip.ops._cpu",
 }
 
 # Plain PyTorch, called without the registered op around it, so that torch.compile sees through.
@@ -51,7 +52,7 @@ def _load(op: str, backend: str) -> Callable:
     return _loaded[key]
 
 
-def _without_autocast(function: Callable, inputs: tuple) -> Any:
+def without_autocast(function: Callable, inputs: tuple) -> Any:
     """The op has cast what it wanted cast; forward or backward, nothing inside may cast again."""
     device = inputs[0].device
     if autocast_dtype(device) is not None:
@@ -64,7 +65,7 @@ def implementation(op: str, backend: str) -> Callable:
     """What an autograd.Function calls: the registered op, or the plain PyTorch in its place."""
     function = _TRANSPARENT.get((op, backend))
     if function is not None:
-        return lambda *inputs: _without_autocast(function, inputs)
+        return lambda *inputs: without_autocast(function, inputs)
     registered = getattr(torch.ops.tinyclip, op).default
     return lambda *inputs: registered(*inputs, backend)
 
@@ -76,7 +77,7 @@ def _define(signature: str) -> Callable:
 
     def device_function(*args):
         *inputs, backend = args
-        return _without_autocast(_load(name, backend), tuple(inputs))
+        return without_autocast(_load(name, backend), tuple(inputs))
 
     _LIBRARY.impl(name, device_function, "CompositeExplicitAutograd")
 
@@ -204,10 +205,20 @@ def _(a, b, scale, rows, cols, rw, cw, alpha, ta, tb, teacher_scale, offset, nee
     return _gradient(a, needs[0]), _gradient(b, needs[1]), dscale
 
 
+@_define(
+    "contrastive_whole(Tensor a, Tensor b, Tensor scale, Tensor? teacher_a, Tensor? teacher_b,"
+    " Tensor? teacher_scale, float alpha, str backend) -> (Tensor loss, Tensor ds, Tensor dscale)"
+)
+def _(a, b, scale, teacher_a, teacher_b, teacher_scale, alpha, backend):
+    ds = scale.new_empty(a.shape[0], b.shape[0])
+    return scale.new_empty(()), ds, scale.new_empty(())
+
+
 # What a selective activation checkpointing policy may save instead of computing again.
 SAC_SAVE_OPS = (
     torch.ops.tinyclip.attention_fwd.default,
     torch.ops.tinyclip.gelu_mlp_fwd.default,
     torch.ops.tinyclip.layer_norm_fwd.default,
     torch.ops.tinyclip.contrastive_stats.default,
+    torch.ops.tinyclip.contrastive_whole.default,
 )

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinyclip.ops import _checks
-from tinyclip.ops._autograd import first_order
+from tinyclip import _extension
+from tinyclip.ops import _checks, _contrastive, _ranks
 from tinyclip.ops._contracts import implementation
-from tinyclip.ops._dispatch import Candidate, Op, always, make_spec, register, select
+from tinyclip.ops._dispatch import Candidate, Cannot, Op, Spec, always, make_spec, register, select
 from tinyclip.ops._layout import unit_stride
 
 
@@ -63,13 +63,17 @@ def contrastive_loss(
         logit_scale: the multiplier s, already exp'd: a float, or a tensor of shape () or (1,).
         teacher: `Teacher` of (M, Dt) features and its own scale; receives no gradient.
         alpha: in [0, 1]; above 0 needs a teacher.
-        group: None never communicates.
+        group: None never communicates. With a process group, which all its ranks must enter, image
+            and text are the rank's rows (any number, 0 included), the loss is the global batch's,
+            and gradients are W times the rank's share: after DDP's mean over the W ranks, every
+            parameter gradient, the scale's included, is that of one process.
 
     Returns:
         The loss, 0-d, fp32 (fp64 for fp64).
 
     Raises:
-        TypeError, ValueError: an argument breaks a rule above, or M is 0; the text names it.
+        TypeError, ValueError: an argument breaks a rule above, or M is 0 (on all ranks); the text
+            names it.
         BackendUnavailable: the backend asked for cannot run this problem.
     """
     spec, problem = _prepare_loss(
@@ -162,18 +166,16 @@ def _prepare_loss(image, text, logit_scale, *, teacher=None, alpha=0.0, group=No
     m, n = image.shape[0], text.shape[0]
     if m != n:
         raise ValueError(f"{op}: text must have as many rows as image ({m}), got {n}")
-    if m == 0:
-        raise ValueError(f"{op}: image must have at least one row, got shape {tuple(image.shape)}")
     if group is not None:
-        raise ValueError(
-            f"{op}: group must be None: this version gathers over no process group, got {group!r}"
-        )
+        _ranks.check_group(group)
+    elif m == 0:
+        raise ValueError(f"{op}: image must have at least one row, got shape {tuple(image.shape)}")
     if alpha == 0.0:
         teacher = [None] * 3
     elif teacher[0] is None:
         raise ValueError(f"{op}: alpha > 0 needs a teacher, got alpha = {alpha} and none")
     spec = _spec(op, image, text, (image, text, scale), teacher[0])
-    return spec, (image, text, scale, *teacher, alpha)
+    return spec, (image, text, scale, *teacher, alpha, group)
 
 
 def _prepare_stats(a, b, scale, *, teacher=None, offset=0):
@@ -302,47 +304,6 @@ def _spec(op, a, b, differentiable, teacher):
     return make_spec(op, a, differentiable, sizes, () if teacher is None else ("teacher",))
 
 
-def _cross_entropy(stats: Tensor, positive: Tensor, alpha: float) -> Tensor:
-    """Of each row (column): (1 - alpha) hard + alpha soft, from its five numbers."""
-    m, l, _, l_t, u = stats  # noqa: E741
-    log_l = torch.log(l)
-    if alpha == 0.0:
-        return log_l + (m - positive)
-    soft = log_l - u / l_t
-    if alpha == 1.0:
-        return soft
-    return (1 - alpha) * (log_l + (m - positive)) + alpha * soft
-
-
-class _ContrastiveLossFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, image, text, scale, t_image, t_text, t_scale, alpha, backend):
-        stats = implementation("contrastive_stats", backend)
-        rows, cols, positive = stats(image, text, scale, t_image, t_text, t_scale, 0)
-        by_row = _cross_entropy(rows, positive, alpha).mean()
-        by_column = _cross_entropy(cols, positive, alpha).mean()
-        ctx.save_for_backward(image, text, scale, t_image, t_text, t_scale, rows, cols)
-        ctx.alpha, ctx.backend = alpha, backend
-        return 0.5 * (by_row + by_column)
-
-    @staticmethod
-    def backward(ctx, dloss):
-        image, text, scale, t_image, t_text, t_scale, rows, cols = ctx.saved_tensors
-        grads = implementation("contrastive_grads", ctx.backend)
-        weight = dloss * (0.5 / image.shape[0])
-        needs = list(ctx.needs_input_grad[:3])
-        gradients = grads(
-            *(image, text, scale, rows, cols, weight, weight, ctx.alpha),
-            *(t_image, t_text, t_scale, 0, needs),
-        )
-        gradients = (g if need else None for g, need in zip(gradients, needs, strict=True))
-        return first_order(*gradients, None, None, None, None, None)
-
-
-def _through(backend):
-    return lambda *problem: _ContrastiveLossFunction.apply(*problem, backend)
-
-
 def _features_example(device):
     def features(width, requires_grad=False):
         return torch.empty(64, width, device=device, requires_grad=requires_grad)
@@ -369,7 +330,20 @@ def _example_grads(device):
 
 def _candidates(run):
     """The same order for all three: `run(backend)` is the candidate's run."""
-    return tuple(Candidate(name, always, run(name)) for name in ("torch", "reference"))
+    order = (("cpu", _cpu_why_not), ("torch", always), ("reference", always))
+    return tuple(Candidate(name, why_not, run(name)) for name, why_not in order)
+
+
+@torch.compiler.assume_constant_result
+def _extension_missing() -> str | None:
+    return _extension.why_not()
+
+
+def _cpu_why_not(spec: Spec) -> Cannot | None:
+    if spec.device != "cpu":
+        return Cannot(f"it computes on CPU tensors, these are on {spec.device}")
+    missing = _extension_missing()
+    return None if missing is None else Cannot(missing)
 
 
 def _pass(op):
@@ -381,7 +355,7 @@ register(
         "contrastive_loss",
         contrastive_loss,
         _prepare_loss,
-        _candidates(_through),
+        _candidates(_contrastive.loss),
         _example_loss,
     )
 )
