@@ -1,11 +1,14 @@
 """``python -m bench gpu``: everything a GPU is needed for, in one command, offline, under a budget.
 
 In this order, so that a run cut short has what depends on it most: build the extension, PyTorch's
-own baselines (copy, cuBLAS, pinned SDPA), the tests marked gpu, every op beside its peers. The
-budget is ``GPU_BUDGET_S`` seconds (600). Without a GPU: one sentence, a file of "not run" rows, 0.
+own baselines (copy, cuBLAS, pinned SDPA), the tests marked gpu, the kernels under a memory checker,
+every op beside its peers. The budget is ``GPU_BUDGET_S`` seconds (600). Without a GPU: one line and
+a file of "not run" rows; 0.
 """
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +30,7 @@ _RESERVE = 10.0  # for the table, and for a worker to be stopped
 _BUILD = ("-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "-e", ".")
 _GPU_TESTS = ("-m", "gpu", "tests")
 # Shares of what is left when a phase begins.
-_BUILD_SHARE, _BASELINE_SHARE, _TEST_SHARE = 0.4, 0.25, 0.5
+_BUILD_SHARE, _BASELINE_SHARE, _TEST_SHARE, _MEMCHECK_SHARE = 0.4, 0.25, 0.5, 0.2
 
 
 def main(patterns: list[str], base: Path, backend: str = "auto") -> int:
@@ -49,6 +52,7 @@ def main(patterns: list[str], base: Path, backend: str = "auto") -> int:
         runner.run(baselines, _share(deadline, _BASELINE_SHARE))
         runner.release()  # the tests get the whole device
         written.note("tests", _tests(written.path, _share(deadline, _TEST_SHARE)))
+        written.note("memcheck", _memcheck(written.path, _share(deadline, _MEMCHECK_SHARE)))
         runner.run(ops, deadline)
     written.note("complete", True)
     print(report.table(written.rows))
@@ -64,6 +68,7 @@ def _no_gpu(written: Report, entries: list[Entry]) -> int:
         written.rows[i] = {**entry.blank(), "reason": reason}
     written.data["build"] = {"status": NOT_RUN, "seconds": 0.0}
     written.data["tests"] = _no_tests(NOT_RUN, 0.0)
+    written.data["memcheck"] = {"status": NOT_RUN, "launches": 0, "seconds": 0.0}
     written.note("complete", True)
     print(f"No CUDA device is available, so nothing was run; {written.path} lists what would be.")
     return 0
@@ -148,6 +153,37 @@ def _tests(results: Path, deadline: float) -> dict[str, Any]:
     found["status"] = status if in_time else "stopped by the budget"
     found["seconds"] = round(time.monotonic() - start, 1)
     print(f"tests: {found}", flush=True)
+    return found | {"log": log.name}
+
+
+def _memcheck(results: Path, deadline: float) -> dict[str, Any]:
+    """Our kernels under compute-sanitizer, every allocation one of its own; or its absence."""
+    log, start = results.with_suffix(".memcheck.log"), time.monotonic()
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if tool is None:
+        return {"status": "tool unavailable", "launches": 0, "seconds": 0.0}
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, sys.executable, "-m", "bench.sanitized"],
+            cwd=ROOT,
+            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        in_time = _finish(process, deadline)
+    outcomes = {0: "clean", 9: "errors found"}
+    status = outcomes.get(process.returncode, f"ended with status {process.returncode}")
+    launches = re.search(r"^(\d+) launches$", log.read_text(errors="replace"), re.MULTILINE)
+    found = {
+        "status": status if in_time else "stopped by the budget",
+        "launches": int(launches[1]) if launches else 0,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    print(f"memcheck: {found}", flush=True)
     return found | {"log": log.name}
 
 

@@ -1,0 +1,121 @@
+"""The Triton attention as a registered op: opcheck, compile, checkpoint, autocast, every subset."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import tinyclip
+from tests.support import samples
+from tests.support.samples import leaves, total
+from tinyclip import ops
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+SAMPLES = (samples.attention, samples.attention_masked, samples.attention_qkv)
+every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.__name__)
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    torch.manual_seed(3)
+    with tinyclip.backend("triton"):
+        yield
+
+
+def _arguments(dtype):
+    """Packed views in, as the modules hand them over; with and without the optional tensors."""
+    qkv = torch.randn(2, 18, 3, 2, 16, dtype=dtype)
+    q, k, v = qkv.unbind(2)
+    for mask, gate, causal in (
+        (None, None, False),
+        (torch.rand(2, 18) > 0.3, torch.randn(2, 2), True),
+    ):
+        forward = (q, k, v, mask, gate, causal, 0.3, "triton")
+        yield "attention_fwd", forward
+        out, stats = torch.ops.tinyclip.attention_fwd(*forward)
+        shared = (out, stats, mask, gate, causal, 0.3)
+        with_gate = gate is not None
+        for needs in ([True, True, True, with_gate], [False, True, False, False]):
+            yield "attention_bwd", (out, q, k, v, *shared, needs, "triton")
+        yield "attention_qkv_bwd", (out, qkv, *shared, [True, with_gate], "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_opcheck_and_strides(dtype):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for name, arguments in _arguments(dtype):
+        op = getattr(torch.ops.tinyclip, name).default
+        torch.library.opcheck(op, arguments)
+        with FakeTensorMode() as mode:
+            fake = op(
+                *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments)
+            )
+        for real, told in zip(op(*arguments), fake, strict=True):
+            assert (real.shape, real.stride(), real.dtype) == (
+                told.shape,
+                told.stride(),
+                told.dtype,
+            )
+
+
+@every_sample
+def test_any_subset_of_inputs(sample):
+    op, tensors, options = sample()
+    full = leaves(tensors)
+    total(op(**full, **options)).backward()
+    for size in range(len(tensors)):
+        for frozen in combinations(tensors, size):
+            some = leaves(tensors, frozen)
+            total(op(**some, **options)).backward()
+            for name, tensor in some.items():
+                if name in frozen:
+                    assert tensor.grad is None
+                else:
+                    assert torch.equal(tensor.grad, full[name].grad), (name, frozen)
+
+
+@every_sample
+def test_compile_fullgraph_dynamic(sample):
+    op, _, _ = sample()
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (5, 9):
+        _, tensors, options = sample(n=n)
+        eager, traced = leaves(tensors), leaves(tensors)
+        total(op(**eager, **options)).backward()
+        total(compiled(**traced, **options)).backward()
+        for name in tensors:
+            torch.testing.assert_close(traced[name].grad, eager[name].grad)
+
+
+@every_sample
+def test_checkpoint_and_reruns_change_no_bit(sample):
+    op, tensors, options = sample()
+    plain, again = leaves(tensors), leaves(tensors)
+    total(op(**plain, **options)).backward()
+    total(checkpoint(lambda **kw: op(**kw, **options), **again, use_reentrant=False)).backward()
+    for name in tensors:
+        assert torch.equal(plain[name].grad, again[name].grad), name
+
+
+@every_sample
+def test_autocast_and_double_backward(sample):
+    op, tensors, options = sample()
+    inputs = leaves(tensors)
+    with torch.autocast("cpu", torch.float16):
+        out = op(**inputs, **options)
+    assert out.dtype == torch.float16
+    grads = torch.autograd.grad(total(out), list(inputs.values()), create_graph=True)
+    for grad, tensor in zip(grads, inputs.values(), strict=True):
+        assert grad.dtype == tensor.dtype
+        with pytest.raises(RuntimeError, match="double backward"):
+            grad.sum().backward(retain_graph=True)
+
+
+def test_what_the_interpreter_cannot_do_is_refused():
+    q = torch.randn(1, 4, 2, 16, dtype=torch.bfloat16)
+    with pytest.raises(tinyclip.BackendUnavailable, match="bits of bf16"):
+        ops.attention(q, q, q)
+    told = tinyclip.explain("attention", q.float(), q.float(), q.float())
+    assert told.rows[0][:2] == ("triton", "runs")
