@@ -110,11 +110,11 @@ con::Isa isa_of(const con::Check& check, const std::string& name) {
                                                             {"baseline", con::Isa::kBaseline},
                                                             {"avx2", con::Isa::kAvx2},
                                                             {"avx512", con::Isa::kAvx512}};
-  for (const auto& [known_name, isa] : known)
-    if (name == known_name) {
-      check.require(con::has(isa), "isa must be one that this processor has, got '" + name + "'");
-      return isa;
-    }
+  for (const auto& [known_name, isa] : known) {
+    if (name != known_name) continue;
+    check.require(con::has(isa), "isa must be one that this processor has, got '" + name + "'");
+    return isa;
+  }
   check.require(false, "isa must be best, baseline, avx2 or avx512, got '" + name + "'");
   return con::Isa::kBest;
 }
