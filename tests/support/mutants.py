@@ -57,7 +57,8 @@ class Laboratory:
         dies of a signal has noticed something, too."""
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:randomly", *tests]
         done = self._run(*command, check=False)
-        assert done.returncode in (0, 1) or done.returncode < 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        judged = done.returncode in (0, 1) or done.returncode < 0
+        assert judged, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.returncode == 0
 
     def survives(self, mutant: Mutant) -> bool:
