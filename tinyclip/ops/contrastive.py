@@ -226,9 +226,12 @@ def _prepare_grads(
 def _triple(op, teacher):
     if not isinstance(teacher, tuple) or len(teacher) != 3:
         got = f"{len(teacher)} items" if isinstance(teacher, tuple) else type(teacher).__name__
-        raise TypeError(
-            f"{op}: teacher must be tinyclip.Teacher(image, text, logit_scale), got {got}"
+        form = (
+            "tinyclip.Teacher(image, text, logit_scale)"
+            if op == "contrastive_loss"
+            else ("a tuple (its a, its b, its scale)")
         )
+        raise TypeError(f"{op}: teacher must be {form}, got {got}")
     return teacher
 
 
