@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -253,3 +254,38 @@ def test_other_image_size(tmp_path):
         assert big.encode_image(build.images(288)).shape == (3, 64)
     chosen = tinyclip.load(tmp_path / "oc", image_size=288, positions="hf")[0]
     assert torch.equal(chosen.visual.positional_embedding, models.resize_positions(table, 9, "hf"))
+
+
+def test_rectangular_images(tmp_path):
+    """A model of 64 x 96 pixels, against open_clip's own towers."""
+    open_clip = pytest.importorskip("open_clip")
+    config = build.json_config()
+    config["vision_cfg"]["image_size"] = [64, 96]
+    ours = build.model(config)
+    assert (ours.config.vision.grid, ours.config.vision.tokens) == ((2, 3), 7)
+    theirs = open_clip.model.CLIP(**ours.config.to_dict()).eval()
+    theirs.load_state_dict(ours.state_dict())
+    image = torch.randn(3, 3, 64, 96)
+    expected = theirs.encode_image(image)
+    for format in ("tinyclip", "open_clip", "microsoft"):
+        tinyclip.save(ours, tmp_path / format, format)
+        back, preprocess, _ = tinyclip.load(tmp_path / format)
+        assert preprocess.size == back.config.vision.image_size == (64, 96)
+        assert build.relative(back.encode_image(image), expected) < 1e-5
+    with pytest.raises(ValueError, match="image must have shape"):
+        ours.encode_image(image.mT)
+    with pytest.raises(ValueError, match="holds square images only"):
+        tinyclip.save(ours, tmp_path / "hf", "hf")
+    with pytest.raises(ValueError, match=r"a rectangle, give its config: model="):
+        file = tmp_path / "open_clip" / "open_clip_model.safetensors"
+        shutil.move(file, tmp_path / "alone.safetensors")
+        tinyclip.load(tmp_path / "alone.safetensors")
+    alone, _, _ = tinyclip.load(tmp_path / "alone.safetensors", model=ours.config)
+    assert build.relative(alone.encode_image(image), expected) < 1e-5
+
+    wide = tinyclip.load(tmp_path / "tinyclip", image_size=(64, 160))[0]
+    state = {"visual.positional_embedding": ours.visual.positional_embedding.detach()}
+    expected = models.resize_positions(*state.values(), (2, 5), of=(2, 3))
+    assert torch.equal(wide.visual.positional_embedding, expected)
+    square = tinyclip.load(tmp_path / "tinyclip", image_size=(96, 96))[0]
+    assert square.config.vision.image_size == 96

@@ -28,7 +28,7 @@ def test_open_clip(grid):
     assert torch.equal(resize_positions(table(), grid), state["visual.positional_embedding"])
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", [*GRIDS, (5, 12)])
 def test_hugging_face(grid):
     clip = pytest.importorskip("transformers.models.clip.modeling_clip")
     config = clip.CLIPVisionConfig(
@@ -37,8 +37,9 @@ def test_hugging_face(grid):
     theirs = clip.CLIPVisionEmbeddings(config)
     with torch.no_grad():
         theirs.position_embedding.weight.copy_(table())
+        rows, columns = grid if isinstance(grid, tuple) else (grid, grid)
         expected = theirs.interpolate_pos_encoding(
-            torch.zeros(1, grid * grid + 1, 6), 16 * grid, 16 * grid
+            torch.zeros(1, rows * columns + 1, 6), 16 * rows, 16 * columns
         )
     torch.testing.assert_close(
         resize_positions(table(), grid, "hf"), expected.reshape(-1, 6), rtol=0, atol=0
@@ -84,6 +85,15 @@ def test_the_conventions_differ_and_keep_what_they_must():
     assert half.dtype == torch.float16
     expected = F.cosine_similarity(half.float(), resize_positions(table().half().float(), 9), dim=1)
     assert expected.min() > 0.999
+
+
+def test_there_and_back_through_a_rectangle():
+    """Aligned corners: twice the patches less one contain the old ones where they were."""
+    wide = resize_positions(table().double(), (7, 13), "tinyclip")
+    again = resize_positions(wide, (7, 7), "tinyclip", of=(7, 13))
+    torch.testing.assert_close(again, table().double())
+    with pytest.raises(ValueError, match="a 7 x 12 grid"):
+        resize_positions(wide, 7, "tinyclip", of=(7, 12))
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,15 @@ def picture(size: tuple[int, int], mode: str = "RGB", seed: int = 0) -> Image.Im
     return image.convert(mode)
 
 
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("side", [224, 336, 32])
+# open_clip resizes to a rectangle bicubically, whatever it is asked for.
+@pytest.mark.parametrize(
+    ("side", "interpolation"),
+    [
+        *((side, how) for side in (224, 336, 32) for how in ("bicubic", "bilinear")),
+        ((16, 32), "bicubic"),
+        ((48, 20), "bicubic"),
+    ],
+)
 def test_equals_open_clip(side, interpolation):
     transform = pytest.importorskip("open_clip.transform")
     theirs = transform.image_transform(side, is_train=False, interpolation=interpolation)
@@ -34,7 +41,7 @@ def test_equals_open_clip(side, interpolation):
             image = picture(size, mode)
             mine, other = ours(image), theirs(image)
             assert mine.dtype == torch.float32
-            assert mine.shape == (3, side, side)
+            assert mine.shape == (3, *(side if isinstance(side, tuple) else (side, side)))
             assert mine.is_contiguous()
             # 1/255 of the range before it is normalised; all that was seen is 0.
             assert ((mine - other).abs().amax((1, 2)) * torch.tensor(ours.std)).max() <= 1 / 255
@@ -58,6 +65,8 @@ def test_pickles_and_prints():
     [
         ({"size": 0}, "size"),
         ({"size": 22.4}, "size"),
+        ({"size": (16, 0)}, "size"),
+        ({"size": (16, 32, 3)}, "size"),
         ({"interpolation": "nearest"}, "interpolation"),
         ({"mean": (0.5, 0.5)}, "mean"),
         ({"std": (0.5, 0.5, 0)}, "std"),

@@ -25,7 +25,7 @@ def load(
     *,
     model: str | Mapping[str, Any] | CLIPConfig | None = None,
     activation: str | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     positions: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[CLIP, Preprocess, Tokenizer | NoTokenizer]:
@@ -39,15 +39,16 @@ def load(
         activation: of the MLPs, for a file that has no config; otherwise it must be the config's.
             Without it, OpenAI's files are quick_gelu and others gelu, with a warning where the
             layout does not settle it.
-        image_size: another input size: the position embeddings are interpolated.
+        image_size: another input size, a side or (height, width): the position embeddings are
+            interpolated.
         positions: how: ``"open_clip"``, ``"hf"`` or ``"tinyclip"``; by default as the layout's
             own code does.
         dtype: of the parameters; by default the file's, the widest where it has several.
 
     Returns:
         (model, preprocess, tokenizer): the model in eval mode on the CPU; PIL image ->
-        (3, S, S); captions -> (N, 77). Where no vocabulary is found the tokenizer raises when
-        it is called.
+        (3, height, width); captions -> (N, 77). Where no vocabulary is found the tokenizer raises
+        when it is called.
 
     Raises:
         FileNotFoundError: a file is missing.

@@ -38,7 +38,7 @@ def load_model(
     *,
     model: str | Mapping[str, Any] | CLIPConfig | None = None,
     activation: str | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     positions: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Loaded:
@@ -63,9 +63,10 @@ def load_model(
         check_agreement(file, stated_by, config, stated)
     check_state(file, state, config)
     if image_size is not None and image_size != config.vision.image_size:
+        grid = config.vision.grid
         config = replace(config, vision=replace(config.vision, image_size=image_size))
         key, mode = "visual.positional_embedding", positions or _POSITIONS.get(layout, "open_clip")
-        state[key] = resize_positions(state[key], config.vision.grid, mode)
+        state[key] = resize_positions(state[key], config.vision.grid, mode, of=grid)
     built = _build(config, state, dtype)
     preprocess = source.preprocess or Preprocess(config.vision.image_size)
     preprocess = replace(preprocess, size=config.vision.image_size)
@@ -165,5 +166,10 @@ def _check_holds(config: CLIPConfig, format: str) -> None:
                 f"save: format={format!r} holds uniform towers only, and the model's {name} layers"
                 f" are {tower.layers} of width {tower.width}; use 'tinyclip' or 'microsoft'"
             )
+    if format == "hf" and isinstance(config.vision.image_size, tuple):
+        raise ValueError(
+            f"save: format='hf' holds square images only, and the model's are"
+            f" {config.vision.image_size}; use another format"
+        )
     if format == "open_clip" and config.activation == "relu":
         raise ValueError("save: format='open_clip' has no relu; use 'tinyclip' or 'hf'")

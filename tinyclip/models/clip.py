@@ -47,11 +47,14 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The image tower: patches and a class token, whose last state is projected."""
+    """The image tower: patches and a class token, whose last state is projected.
+
+    ``image_size`` is (height, width).
+    """
 
     def __init__(self, config: VisionConfig, embed_dim: int, activation: str, eps: float):
         super().__init__()
-        self.image_size, self.patch_size = config.image_size, config.patch_size
+        self.image_size, self.patch_size = config.height_width, config.patch_size
         width, scale = config.width, config.width**-0.5
         self.conv1 = nn.Conv2d(3, width, self.patch_size, stride=self.patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
@@ -62,11 +65,11 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B, 3, S, S) -> (B, E)."""
-        size = self.image_size
-        if image.dim() != 4 or tuple(image.shape[1:]) != (3, size, size):
+        """image (B, 3, height, width) -> (B, E)."""
+        height, width = self.image_size
+        if image.dim() != 4 or tuple(image.shape[1:]) != (3, height, width):
             raise ValueError(
-                f"encode_image: image must have shape (B, 3, {size}, {size}), got"
+                f"encode_image: image must have shape (B, 3, {height}, {width}), got"
                 f" {tuple(image.shape)}; load(..., image_size=) makes a model of another size"
             )
         x = self.conv1(image).flatten(2).transpose(1, 2)
@@ -122,7 +125,7 @@ class CLIP(nn.Module):
         """Embed images.
 
         Args:
-            image: (B, 3, S, S) of the config's size, preprocessed, float.
+            image: (B, 3, height, width) of the config's size, preprocessed, float.
             normalize: divide each row by its length.
 
         Returns:

@@ -77,22 +77,35 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The image tower; sizes in pixels, square."""
+    """The image tower; sizes in pixels, `image_size` a square's side or (height, width)."""
 
-    image_size: int
+    image_size: int | tuple[int, int]
     patch_size: int
     width: int
     layers: tuple[Layer, ...]
     head_dim: int = 64
 
+    def __post_init__(self) -> None:
+        sides = self.image_size
+        if isinstance(sides, (list, tuple)) and len(sides) == 2:
+            same = sides[0] == sides[1]
+            object.__setattr__(self, "image_size", sides[0] if same else tuple(sides))
+
     @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
+    def height_width(self) -> tuple[int, int]:
+        """Of an image, in pixels."""
+        size = self.image_size
+        return size if isinstance(size, tuple) else (size, size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.height_width
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def tokens(self) -> int:
-        return self.grid**2 + 1
+        return math.prod(self.grid) + 1
 
 
 @dataclass(frozen=True)
@@ -147,7 +160,7 @@ class CLIPConfig:
         return cls(
             embed_dim=_size(data, "config", "embed_dim"),
             vision=VisionConfig(
-                image_size=_square(vision, "image_size", 224),
+                image_size=_image_size(vision),
                 patch_size=_square(vision, "patch_size", 16),
                 **_tower(vision, "vision_cfg", 768, heads=None),
             ),
@@ -256,6 +269,14 @@ def _size(data: Mapping[str, Any], where: str, key: str, default: int | None = N
     return value
 
 
+def _image_size(section: Mapping[str, Any]) -> int | tuple[int, int]:
+    value = section.get("image_size", 224)
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return _size(section, "vision_cfg", "image_size", 224)
+    height, width = (_size({"image_size": side}, "vision_cfg", "image_size") for side in value)
+    return height, width
+
+
 def _square(section: Mapping[str, Any], key: str, default: int) -> int:
     value = section.get(key, default)
     if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
@@ -308,7 +329,7 @@ def _check(config: CLIPConfig) -> None:
             f"config: layer_norm_eps must be a number in [0, 1), got {config.layer_norm_eps!r}"
         )
     vision = config.vision
-    if vision.image_size % vision.patch_size:
+    if any(side % vision.patch_size for side in vision.height_width):
         raise ValueError(
             f"vision_cfg: image_size {vision.image_size} must be a multiple of patch_size"
             f" {vision.patch_size}"

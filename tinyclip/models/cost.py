@@ -3,6 +3,7 @@
 Letters: L tokens, C channels, I heads times their width, F hidden, P patch side, E embedding.
 """
 
+import math
 from typing import NamedTuple
 
 from tinyclip.models.config import CLIPConfig, TextConfig, VisionConfig
@@ -29,7 +30,7 @@ def count_macs(config: CLIPConfig, text_tokens: int | None = None) -> Macs:
         `Macs`.
     """
     vision, text = config.vision, config.text
-    patches = vision.grid**2 * 3 * vision.patch_size**2 * vision.width
+    patches = math.prod(vision.grid) * 3 * vision.patch_size**2 * vision.width
     image = patches + _layers(vision, vision.tokens) + vision.width * config.embed_dim
     caption = _layers(text, text_tokens or text.tokens) + text.width * config.embed_dim
     return Macs(image, caption)

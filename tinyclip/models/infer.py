@@ -27,8 +27,9 @@ def infer_config(
     Args:
         file: for messages.
         state: canonical names (`layouts.to_canonical`).
-        like: where to take what is in no shape: the channels of a head (64 without it), the
-            activation, the norms' eps, and how many blocks there are when the last are empty.
+        like: where to take what is in no shape: the channels of a head (64 without it), whether
+            the patches are a rectangle (a square without it), the activation, the norms' eps, and
+            how many blocks there are when the last are empty.
         activation: without `like`.
 
     Raises:
@@ -41,11 +42,13 @@ def infer_config(
             file, f"must be (C, 3, P, P), got {tuple(conv1.shape)}", "visual.conv1.weight"
         )
     positions = len(_tensor(file, state, "visual.positional_embedding", 2))
-    grid = math.isqrt(max(positions - 1, 0))
-    if grid < 1 or grid * grid + 1 != positions:
+    side = math.isqrt(max(positions - 1, 0))
+    grid = like.vision.grid if like and like.vision.tokens == positions else (side, side)
+    if side < 1 or math.prod(grid) + 1 != positions:
         raise CheckpointError(
             file,
-            f"must be a class token and a square grid, got {positions} rows",
+            f"must be a class token and a square grid, got {positions} rows; if its grid is a"
+            " rectangle, give its config: model=",
             "visual.positional_embedding",
         )
     tokens, text_width = _tensor(file, state, "token_embedding.weight", 2).shape
@@ -60,7 +63,7 @@ def infer_config(
     return CLIPConfig(
         embed_dim=embed_dim,
         vision=VisionConfig(
-            image_size=grid * patch,
+            image_size=side * patch if len(set(grid)) == 1 else (grid[0] * patch, grid[1] * patch),
             patch_size=patch,
             width=width,
             layers=_layers(file, state, "visual.transformer.resblocks.", head_dims[0], depths[0]),

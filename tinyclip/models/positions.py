@@ -14,34 +14,44 @@ MODES = {
 }
 
 
-def resize_positions(table: Tensor, grid: int, mode: str = "open_clip") -> Tensor:
-    """Interpolate a square grid of position embeddings; the class token's stays as it is.
+def resize_positions(
+    table: Tensor,
+    grid: int | tuple[int, int],
+    mode: str = "open_clip",
+    *,
+    of: tuple[int, int] | None = None,
+) -> Tensor:
+    """Interpolate a grid of position embeddings; the class token's stays as it is.
 
     Args:
-        table: (1 + g*g, C), any float dtype; row 0 is the class token's.
-        grid: patches along one side of the result.
+        table: (1 + rows*columns, C), any float dtype; row 0 is the class token's.
+        grid: rows and columns of patches in the result; a number for a square.
         mode: whose result to reproduce: ``"open_clip"`` (antialias), ``"hf"`` (Hugging Face's
             ``interpolate_pos_encoding``), ``"tinyclip"`` (Microsoft's code, aligned corners).
+        of: rows and columns of `table`; without it they are a square's.
 
     Returns:
-        (1 + grid*grid, C) in table's dtype; `table` itself where nothing changes.
+        (1 + grid[0]*grid[1], C) in table's dtype; `table` itself where nothing changes.
 
     Raises:
-        ValueError: `mode` is none of these, or `table` is not a class token and a square grid.
+        ValueError: `mode` is none of these, or `table` is not a class token and such a grid.
     """
     if mode not in MODES:
         raise ValueError(f"resize_positions: mode must be one of {tuple(MODES)}, got {mode!r}")
-    side = math.isqrt(max(len(table) - 1, 0)) if table.dim() == 2 else 0
-    if side < 1 or side * side + 1 != len(table):
+    rows = len(table) if table.dim() == 2 else 0
+    old = of or (math.isqrt(max(rows - 1, 0)),) * 2
+    if min(old) < 1 or math.prod(old) + 1 != rows:
+        kind = f"a {old[0]} x {old[1]}" if of else "a square"
         raise ValueError(
-            "resize_positions: table must be (1 + g*g, C) of a square grid, got"
+            f"resize_positions: table must be (1 + rows*columns, C) of {kind} grid, got"
             f" {tuple(table.shape)}"
         )
-    if grid == side:
+    new = grid if isinstance(grid, tuple) else (grid, grid)
+    if new == old:
         return table
-    if grid < 1:
+    if min(new) < 1:
         raise ValueError(f"resize_positions: grid must be positive, got {grid}")
     work = torch.promote_types(table.dtype, torch.float32)
-    patches = table[1:].to(work).T.reshape(1, -1, side, side)
-    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", **MODES[mode])
-    return torch.cat([table[:1], patches.reshape(-1, grid * grid).T.to(table.dtype)])
+    patches = table[1:].to(work).T.reshape(1, -1, *old)
+    patches = F.interpolate(patches, size=new, mode="bicubic", **MODES[mode])
+    return torch.cat([table[:1], patches.flatten(2)[0].T.to(table.dtype)])

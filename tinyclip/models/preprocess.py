@@ -17,10 +17,10 @@ _RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which Hugging F
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize the short side, crop the centre, normalise: a callable that can be pickled.
+    """Resize to cover the size, crop the centre, normalise: a callable that can be pickled.
 
     Args:
-        size: pixels, of a square.
+        size: pixels: the side of a square, or (height, width).
         mean, std: of the three channels, values from 0 to 1.
         interpolation: ``"bicubic"`` or ``"bilinear"``.
 
@@ -28,14 +28,18 @@ class Preprocess:
         ValueError: a value breaks a rule; the text names it.
     """
 
-    size: int = 224
+    size: int | tuple[int, int] = 224
     mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
     interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
-            raise ValueError(f"Preprocess: size must be a positive integer, got {self.size!r}")
+        if any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in self._sides()):
+            raise ValueError(
+                f"Preprocess: size must be a positive integer or two of them, got {self.size!r}"
+            )
+        height, width = self._sides()
+        object.__setattr__(self, "size", height if height == width else (height, width))
         if self.interpolation not in _RESAMPLING:
             raise ValueError(
                 f"Preprocess: interpolation must be one of {tuple(_RESAMPLING)}, got"
@@ -52,7 +56,7 @@ class Preprocess:
             raise ValueError(f"Preprocess: std must be positive, got {self.std}")
 
     def __call__(self, image: "Image") -> Tensor:
-        """A PIL image of any mode and size -> (3, size, size) fp32.
+        """A PIL image of any mode and size -> (3, height, width) fp32.
 
         The steps are torchvision's, in open_clip's order: an image is resized and cropped in its
         own mode and then becomes RGB.
@@ -60,20 +64,30 @@ class Preprocess:
         width, height = image.size
         if width < 1 or height < 1:
             raise ValueError(f"Preprocess: image must not be empty, got {width} x {height}")
-        short = min(width, height)
-        width, height = (int(self.size * side / short) for side in (width, height))
+        rows, columns = self._sides()
+        if rows == columns:
+            short = min(width, height)
+            width, height = (int(rows * side / short) for side in (width, height))
+        else:
+            ratio = min(height / rows, width / columns)
+            width, height = round(width / ratio), round(height / ratio)
         image = image.resize((width, height), _RESAMPLING[self.interpolation])
-        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-        image = image.crop((left, top, left + self.size, top + self.size)).convert("RGB")
+        left, top = round((width - columns) / 2), round((height - rows) / 2)
+        image = image.crop((left, top, left + columns, top + rows)).convert("RGB")
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
         return (pixels - _column(self.mean)) / _column(self.std)
+
+    def _sides(self) -> tuple[int, int]:
+        """Height and width."""
+        pair = isinstance(self.size, (list, tuple)) and len(self.size) == 2
+        return tuple(self.size) if pair else (self.size, self.size)
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_open_clip` reads, and this package's own JSON holds."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
     @classmethod
-    def from_open_clip(cls, data: Any, size: int) -> "Preprocess":
+    def from_open_clip(cls, data: Any, size: int | tuple[int, int]) -> "Preprocess":
         """From ``preprocess_cfg`` of an open_clip_config.json, or our own, for a model's size."""
         data = _mapping("preprocess_cfg", data)
         if data.get("resize_mode") not in (None, "shortest"):
