@@ -249,10 +249,11 @@ class build_ext(_build_ext):
         self.knobs = Knobs.read()
         self.record = {"extension": False, "reason": None, "cuda": None, "cuda_reason": None}
         for ext in self.extensions:
-            # A leftover of an earlier build would be loaded in place of what this one cannot make.
+            # A leftover of an earlier build would be loaded in place of what this one cannot make;
+            # a checkout's own module stays while a wheel is made of the checkout.
             inside = Path("tinyclip", Path(self.get_ext_filename(ext.name)).name)
-            for stale in (inside, Path(self.build_lib, inside)):
-                stale.unlink(missing_ok=True)
+            folder = Path() if self.inplace else Path(self.build_lib)
+            Path(folder, inside).unlink(missing_ok=True)
         super().run()
         package = Path("tinyclip") if self.inplace else Path(self.build_lib, "tinyclip")
         package.mkdir(parents=True, exist_ok=True)

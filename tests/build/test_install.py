@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import subprocess
+import sysconfig
+import zipfile
 
 import pytest
 
@@ -93,6 +95,18 @@ def test_nvcc_and_compiler(tree, python):
 def test_chosen_architectures(tree, python):
     install_wheel(tree, python, environment(TINYCLIP_CUDA="1", TINYCLIP_CUDA_ARCHS="90a; 89+PTX"))
     assert look(python)["info"]["architectures"] == ["90a", "89+PTX"]
+
+
+@needs_cxx
+def test_a_wheel_leaves_the_checkouts_own_module_alone(tree):
+    own = tree / "tinyclip" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    own.write_bytes(b"in use")
+    build_wheel(tree, environment(TINYCLIP_CUDA="0"))
+    assert own.read_bytes() == b"in use"
+    (wheel,) = (tree / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as built:
+        (module,) = (name for name in built.namelist() if name.startswith("tinyclip/_C"))
+        assert len(built.read(module)) > 10_000
 
 
 @needs_cxx
