@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # __init__.py, which looks everything else up lazily.
 LEVELS = (
     {"__main__"},
-    {"cli", "env"},
+    {"cli"},
+    {"demo"},
+    {"env"},
     {"tinyclip"},
     {"train", "eval"},
     {"data", "distill", "models", "integrations"},
@@ -26,7 +28,7 @@ LEVELS = (
     {"_C"},
 )
 DEPTH = {unit: depth for depth, units in enumerate(LEVELS) for unit in units}
-WITHIN_A_LEVEL = {("distill", "models"), ("integrations", "models"), ("cli", "env")}
+WITHIN_A_LEVEL = {("distill", "models"), ("integrations", "models")}
 # Who may reach the machinery: the operations, and whoever reports on it.
 BEHIND_OPS = {"triton_kernels", "_extension", "_C"}
 MAY_LOOK_BEHIND = {
