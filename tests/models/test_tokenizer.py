@@ -13,6 +13,7 @@ import torch
 
 import tinyclip
 from tinyclip import models
+from tinyclip.data import digits
 from tinyclip.integrations import vocabulary
 from tinyclip.models import tokenizer as module
 from tinyclip.models.tokenizer import clean
@@ -187,6 +188,20 @@ def test_the_vocabulary_goes_with_the_model(ours, tmp_path, monkeypatch):
     monkeypatch.setattr(vocabulary, "find_spec", lambda name: None)
     tokenizer = tinyclip.load(tmp_path)[2]
     assert torch.equal(tokenizer("A photo"), ours("A photo"))
+
+
+def test_equal_where_the_rows_are_equal(ours, tmp_path):
+    models.save(models.create_model(CONFIG), tmp_path, tokenizer=ours)
+    again = tinyclip.load(tmp_path)[2]
+    assert again is not ours
+    assert again == ours == pickle.loads(pickle.dumps(ours))
+    assert hash(again) == hash(ours)
+    assert tinyclip.get_tokenizer(context_length=12) != ours
+    vocabulary, merges = digits.vocabulary()
+    small = models.Tokenizer(vocabulary, merges)
+    assert small != models.Tokenizer(vocabulary, merges[:-1])
+    assert small != ours
+    assert small != "a tokenizer"
 
 
 def test_a_vocabulary_of_another_size_is_not_used(ours, tmp_path):
