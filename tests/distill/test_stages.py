@@ -131,6 +131,7 @@ def test_what_is_no_plan(plan, text, sentence):
         ("warmup = -1", "warmup must be an integer from 0 on"),
         ("alpha = 1.5", "alpha must be a number from 0 to 1, got 1.5"),
         ("logit_scale = 'fixed'", "logit_scale must be above 0, got 'fixed'"),
+        ("teacher_scale = 0", "teacher_scale must be above 0, got 0"),
         ("name = 'a/b'", "name must be letters, digits, .* got 'a/b'"),
         ("name = '../x'", "name must be letters"),
         ("name = ''", "name must be letters"),

@@ -35,6 +35,7 @@ class Stage:
         lr: the peak. warmup: steps.
         alpha: the weight of affinity mimicking, in [0, 1].
         logit_scale: fixed for student and teacher; None: each has its own.
+        teacher_scale: fixed for the teacher alone.
 
     Raises:
         ValueError: a value breaks a rule; the text names it.
@@ -50,6 +51,7 @@ class Stage:
     warmup: int | None = None
     alpha: float = 1.0
     logit_scale: float | None = None
+    teacher_scale: float | None = None
 
     def __post_init__(self) -> None:
         rules = (
@@ -67,6 +69,7 @@ class Stage:
             ("warmup", self.warmup is None or _whole(self.warmup, 0), "an integer from 0 on"),
             ("alpha", _number(self.alpha) and 0 <= self.alpha <= 1, "a number from 0 to 1"),
             ("logit_scale", self.logit_scale is None or _above(self.logit_scale), "above 0"),
+            ("teacher_scale", self.teacher_scale is None or _above(self.teacher_scale), "above 0"),
         )
         for name, good, rule in rules:
             if not good:

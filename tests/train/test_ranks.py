@@ -1,0 +1,62 @@
+"""Two processes against one: fit over gloo, and the command under torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tinyclip
+from tests.train.test_kills import CONFIG
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_all(commands: list[list[str]]) -> list[str]:
+    """What each printed; all are waited for, and none outlives the test."""
+    processes = [
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for command in commands
+    ]  # fmt: skip
+    try:
+        told = [(process, *process.communicate(timeout=150)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, out, err in told:
+        assert process.returncode == 0, out + err[-4000:]
+    return [out for _, out, _ in told]
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.soak)])
+def test_ranks_train_as_one(tmp_path, world):
+    """Parameters to 1e-10 after 5 steps, with uneven and empty ranks; what one meets, all do."""
+    command = [sys.executable, "-m", "tests.train.ranks", str(tmp_path)]
+    print(*run_all([[*command, str(rank), str(world)] for rank in range(world)]), sep="")
+
+
+def test_torchrun(tmp_path):
+    """The command on two processes of 8 and on one of 16: the same model after 5 steps, fp64."""
+    (tmp_path / "tiny.json").write_text(CONFIG)
+    train = [
+        *("-m", "tinyclip", "train", "--model", str(tmp_path / "tiny.json"), "--device", "cpu"),
+        *("--train-data", "digits:train?count=640", "--tokenizer", "digits", "--workers", "0"),
+        *("--precision", "fp64", "--steps", "5", "--warmup", "2", "--grad-clip-norm", "1"),
+        *("--logs-dir", str(tmp_path)),
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    two = [*torchrun, *train, "--name", "two", "--batch-size", "8"]
+    one = [sys.executable, *train, "--name", "one", "--batch-size", "16"]
+    out, _ = run_all([two, one])
+    assert out.count("model: ") == 1  # the first rank speaks for all
+    found = [tinyclip.load(tmp_path / name / "model")[0].state_dict() for name in ("two", "one")]
+    assert found[0].keys() == found[1].keys()
+    worst = max((a - found[1][name]).abs().max().item() for name, a in found[0].items())
+    print(f"worst difference {worst:.1e}")
+    assert worst <= 1e-10
+    assert {value.dtype for value in found[0].values()} == {torch.float64}

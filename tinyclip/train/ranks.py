@@ -1,0 +1,67 @@
+"""The processes that train together, and what they tell each other beside the gradients.
+
+What a rank meets alone (a signal, a broken sample, an error of its data) is told to all before any
+of them acts on it. It travels over gloo, on the host: a GPU is never waited for.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world` of them; `group` is None when it is alone."""
+
+    rank: int = 0
+    world: int = 1
+    group: object | None = None
+    control: object | None = None
+
+    @classmethod
+    def current(cls) -> "Ranks":
+        """Of torch.distributed, if it is initialised; every rank has to ask."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return cls()
+        control = dist.new_group(backend="gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, control)
+
+    def tell(self, *values: int) -> list[tuple[int, ...]]:
+        """A few integers of every rank, in the ranks' order, on every rank."""
+        if self.group is None:
+            return [values]
+        return list(map(tuple, self._gather(torch.tensor(values, dtype=torch.int64)).tolist()))
+
+    def tell_text(self, text: str) -> list[str]:
+        """A text of every rank, in the ranks' order, on every rank."""
+        if self.group is None:
+            return [text]
+        data = text.encode()
+        sizes = [size for (size,) in self.tell(len(data))]
+        padded = torch.frombuffer(bytearray(data.ljust(max(*sizes, 1))), dtype=torch.uint8)
+        rows = self._gather(padded).numpy()
+        return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
+
+    def _gather(self, mine: torch.Tensor) -> torch.Tensor:
+        everyone = mine.new_empty(self.world * len(mine))
+        dist.all_gather_into_tensor(everyone, mine, group=self.control)
+        return everyone.view(self.world, len(mine))
+
+
+def under_torchrun() -> bool:
+    """Whether this is one of several processes that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def join(device: torch.device, backend: str | None = None) -> None:
+    """Enter torchrun's process group: nccl for GPUs and gloo for CPUs, unless one is named."""
+    if under_torchrun() and not dist.is_initialized():
+        dist.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"))
+
+
+def leave() -> None:
+    """Leave it again, if `join` entered one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
