@@ -55,6 +55,8 @@ def exists(command: str) -> bool:
             return {word for word in targets if "=" not in word} <= MAKE_TARGETS
         case ["tinyclip", name, *_]:
             return name in {command.name for command in cli.COMMANDS}
+        case ["torchrun", "--nproc-per-node", _, "-m", "tinyclip", *words]:
+            return exists(shlex.join(["tinyclip", *words]))
         case ["python", "-m", module, *_]:
             return import_module(f"{module}.__main__") is not None
         case ["pip", "install", *words]:
@@ -72,7 +74,14 @@ def test_commands_exist(path):
 
 
 @pytest.mark.parametrize(
-    "command", ["make tests", "tinyclip docter", "pip install '.[gpu]'", "rm -rf build"]
+    "command",
+    [
+        "make tests",
+        "tinyclip docter",
+        "torchrun --nproc-per-node 8 -m tinyclip trian",
+        "pip install '.[gpu]'",
+        "rm -rf build",
+    ],
 )
 def test_a_command_that_is_not_there_is_found(command):
     assert not exists(command)

@@ -31,6 +31,26 @@ COMMANDS = (
         "tinyclip.integrations.convert",
         "a checkpoint of any published layout to a folder in another",
     ),
+    Command(
+        "train",
+        "tinyclip.train.command",
+        "a CLIP from images and captions; with torchrun on many processes",
+    ),
+    Command(
+        "distill",
+        "tinyclip.train.distill_command",
+        "a small CLIP from a large one: inherited weights, affinity mimicking, in stages",
+    ),
+    Command(
+        "eval",
+        "tinyclip.eval.command",
+        "zero-shot accuracy and retrieval recall of a model, as a table and JSON",
+    ),
+    Command(
+        "demo",
+        "tinyclip.demo.command",
+        "train a CLIP on scanned digits, distill a small one four ways, and report",
+    ),
 )
 
 
