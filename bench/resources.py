@@ -88,7 +88,7 @@ def resources(launch: Launch, arch: int) -> Resources:
     compiled = triton.compile(
         source(launch),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": launch.num_warps, "enable_fp_fusion": True},
+        options=launch.options,
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

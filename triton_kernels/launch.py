@@ -1,5 +1,6 @@
 """A launch as a value: what a kernel is called with, to run it or to compile it ahead of time."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -9,25 +10,39 @@ LOG2E = 1.4426950408889634
 
 
 class Launch(NamedTuple):
-    """A kernel, its number of programs (grid axis 0), its arguments by name, and its warps."""
+    """A kernel, its number of programs (grid axis 0), its arguments by name, and its warps.
+
+    `max_registers` of a thread, where more programs at once are worth more than they cost.
+    """
 
     kernel: Any
     programs: int
     arguments: dict[str, Any]
     num_warps: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told, at run time and ahead of time."""
+        options = {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
     def run(self, on: torch.Tensor) -> None:
         """Launch on the device of `on`, whichever is current, in the current stream."""
         with torch.cuda.device(on.device) if on.is_cuda else nullcontext():
-            self.kernel[(self.programs,)](
-                **self.arguments, num_warps=self.num_warps, enable_fp_fusion=True
-            )
+            self.kernel[(self.programs,)](**self.arguments, **self.options)
 
     def milliseconds(self, on: torch.Tensor) -> float:
         """The median time of a launch; writes what a launch writes."""
-        from triton.testing import do_bench
+        return time_call(lambda: self.run(on), on)
 
-        return do_bench(lambda: self.run(on), return_mode="median")
+
+def time_call(call: Callable[[], object], on: torch.Tensor) -> float:
+    """The median milliseconds of a call, on the device of `on`."""
+    from triton.testing import do_bench
+
+    with torch.cuda.device(on.device) if on.is_cuda else nullcontext():
+        return do_bench(call, return_mode="median")
 
 
 def dot_precision(dtype: torch.dtype) -> str:

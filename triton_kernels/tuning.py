@@ -1,10 +1,14 @@
-"""Tile sizes: a table that ships, and one that a machine may measure for itself.
+"""Tile sizes: tables that ship, and one that a machine may measure for itself.
 
-The shipped table is tables/attention.json, keyed by architecture, bits, head dim, length and
-causal; it decides alone unless TINYCLIP_AUTOTUNE=1. Then the first call of a kind of problem times
-every candidate that the table knows for the kind, and the winner is kept in the user's cache for
-later processes. Tuning is opt-in because a race between timings gives the ranks of a job different
-sums: Megatron-LM #6966 counted 13 of 22 entries on which eight GPUs disagreed.
+The shipped table of an op is tables/<op>.json, keyed by architecture, bits and sizes; it decides
+alone unless TINYCLIP_AUTOTUNE=1. Then the first call of a kind of problem times every candidate
+that the table knows for the kind, and the winner is kept in the user's cache for later processes.
+Tuning is opt-in because a race between timings gives the ranks of a job different sums: Megatron-LM
+#6966 counted 13 of 22 entries on which eight GPUs disagreed.
+
+A key is a NamedTuple with an `arch`, which says of its op's rows which ones fit it (`fits`), which
+are worth timing (`related`), under what name a measurement is kept (`bucket`), and what a choice is
+(`choice`, a NamedTuple of plain values).
 """
 
 import json
@@ -13,7 +17,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,7 +35,7 @@ class Tile(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a tile is chosen by."""
+    """What an attention tile is chosen by."""
 
     kind: str
     arch: int
@@ -40,66 +44,75 @@ class Kind(NamedTuple):
     length: int
     causal: bool
 
+    op = "attention"
+    choice = Tile
+
+    def fits(self, row: dict) -> bool:
+        """Whether a row of the table serves this kind."""
+        return (
+            self.related(row)
+            and (row["length"] is None or self.length <= row["length"])
+            and (row["causal"] is None or self.causal == row["causal"])
+        )
+
+    def related(self, row: dict) -> bool:
+        """Whether the row's tile is worth timing for this kind."""
+        return (row["kind"], row["bits"]) == (self.kind, self.bits) and self.d <= row["d"]
+
+    def bucket(self) -> "Kind":
+        """Lengths share a bucket, batches do not count."""
+        length = next((most for most in _LENGTHS if self.length <= most), self.length)
+        return self._replace(length=length)
+
+
+def architecture(x: torch.Tensor) -> int:
+    """The compute capability of x's device, times ten; off a GPU, as if it were sm_90."""
+    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+    return 10 * major + minor
+
 
 def kind_of(kind: str, q: torch.Tensor, length: int, causal: bool) -> Kind:
     """The kind of problem: "fwd" or "bwd", of queries (B, Lq, H, D) and the longer length."""
-    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-    return Kind(kind, 10 * major + minor, q.dtype.itemsize * 8, q.shape[-1], length, causal)
+    return Kind(kind, architecture(q), q.dtype.itemsize * 8, q.shape[-1], length, causal)
 
 
 @cache
-def table() -> tuple[dict, ...]:
-    """The rows of the shipped table."""
-    text = Path(__file__).with_name("tables").joinpath("attention.json").read_text()
+def table(op: str = "attention") -> tuple[dict, ...]:
+    """The rows of an op's shipped table."""
+    text = Path(__file__).with_name("tables").joinpath(f"{op}.json").read_text()
     return tuple(json.loads(text)["rows"])
 
 
-def _fits(row: dict, key: Kind, arch: int) -> bool:
-    return (
-        (row["kind"], row["arch"], row["bits"]) == (key.kind, arch, key.bits)
-        and key.d <= row["d"]
-        and (row["length"] is None or key.length <= row["length"])
-        and (row["causal"] is None or key.causal == row["causal"])
-    )
-
-
 @cache
-def shipped(key: Kind) -> Tile:
-    """The table's tile: of the newest architecture in it that is not newer than the device."""
-    for arch in sorted({row["arch"] for row in table()}, reverse=True):
+def shipped(key: Any) -> Any:
+    """The table's choice: of the newest architecture in it that is not newer than the device."""
+    for arch in sorted({row["arch"] for row in table(key.op)}, reverse=True):
         if arch <= key.arch:
-            for row in table():
-                if _fits(row, key, arch):
-                    return Tile(*row["tile"])
-    raise ValueError(f"tuning: key must be covered by tables/attention.json, got {key}")
+            for row in table(key.op):
+                if row["arch"] == arch and key.fits(row):
+                    return key.choice(*row["tile"])
+    raise ValueError(f"tuning: key must be covered by tables/{key.op}.json, got {key}")
 
 
-def candidates(key: Kind) -> tuple[Tile, ...]:
-    """Every tile that the table holds for such a kernel and head dim, the shipped one first."""
-    rows = (row for row in table() if (row["kind"], row["bits"]) == (key.kind, key.bits))
-    tiles = [Tile(*row["tile"]) for row in rows if key.d <= row["d"]]
-    return tuple(dict.fromkeys([shipped(key), *tiles]))
+def candidates(key: Any) -> tuple[Any, ...]:
+    """Every choice that the table holds for related problems, the shipped one first."""
+    related = [key.choice(*row["tile"]) for row in table(key.op) if key.related(row)]
+    return tuple(dict.fromkeys([shipped(key), *related]))
 
 
 def _cache_file() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "none"
-    return Path(base) / "tinyclip" / f"attention-{name}.json"
+    return Path(base) / "tinyclip" / f"tiles-{name}.json"
 
 
-def _bucket(key: Kind) -> str:
-    """The name a measurement is kept under: lengths share a bucket, batches do not count."""
-    length = next((most for most in _LENGTHS if key.length <= most), key.length)
-    return "-".join(str(value) for value in key._replace(length=length))
-
-
-_measured: dict[str, Tile] = {}
+_measured: dict[str, list] = {}
 
 
 def _load() -> None:
     try:
         kept = json.loads(_cache_file().read_text())
-        _measured.update({name: Tile(*tile) for name, tile in kept.items()})
+        _measured.update({name: list(choice) for name, choice in kept.items()})
     except (OSError, ValueError, TypeError, AttributeError):
         return  # nothing kept, or nothing to be used: it is measured again
 
@@ -115,21 +128,21 @@ def _keep() -> None:
         return  # a cache that cannot be written costs a measurement in the next process
 
 
-def choose(key: Kind, milliseconds: Callable[[Tile], float]) -> Tile:
-    """The tile to launch with; `milliseconds` times one, and is called only to tune."""
+def choose(key: Any, milliseconds: Callable[[Any], float]) -> Any:
+    """What to launch with; `milliseconds` times one choice, and is called only to tune."""
     if not AUTOTUNE:
         return shipped(key)
     if not _measured:
         _load()
-    name = _bucket(key)
-    if name not in _measured:
+    name = "-".join(str(value) for value in (key.op, *key.bucket()))
+    if len(_measured.get(name, ())) != len(key.choice._fields):
         timed = {}
-        for tile in candidates(key):
+        for choice in candidates(key):
             try:
-                timed[tile] = milliseconds(tile)
+                timed[choice] = milliseconds(choice)
             except RuntimeError as error:
                 if "out of resource" not in str(error):  # a tile this chip has no room for
                     raise
-        _measured[name] = min(timed, key=timed.get)
+        _measured[name] = list(min(timed, key=timed.get))
         _keep()
-    return _measured[name]
+    return key.choice(*_measured[name])
