@@ -1,4 +1,4 @@
-"""The Triton attention as a registered op: opcheck, compile, checkpoint, autocast, every subset."""
+"""The Triton kernels as registered ops: opcheck, compile, checkpoint, autocast, every subset."""
 
 from itertools import combinations
 
@@ -12,7 +12,14 @@ from tests.support.samples import leaves, total
 from tinyclip import ops
 
 pytestmark = pytest.mark.usefixtures("interpreter")
-SAMPLES = (samples.attention, samples.attention_masked, samples.attention_qkv)
+SAMPLES = (
+    samples.attention,
+    samples.attention_masked,
+    samples.attention_qkv,
+    samples.gelu_mlp,
+    samples.layer_norm,
+    samples.layer_norm_masked,
+)
 every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.__name__)
 
 
@@ -23,7 +30,7 @@ def _triton():
         yield
 
 
-def _arguments(dtype):
+def _attention(dtype):
     """Packed views in, as the modules hand them over; with and without the optional tensors."""
     qkv = torch.randn(2, 18, 3, 2, 16, dtype=dtype)
     q, k, v = qkv.unbind(2)
@@ -41,11 +48,34 @@ def _arguments(dtype):
         yield "attention_qkv_bwd", (out, qkv, *shared, [True, with_gate], "triton")
 
 
+def _gelu_mlp(dtype):
+    x, dy, pre = (torch.randn(9, n, dtype=dtype) for n in (12, 8, 20))
+    w1, b1, w2, b2 = (torch.randn(s, dtype=dtype) for s in ((20, 12), (20,), (8, 20), (8,)))
+    gate = torch.randn(20)
+    yield "gelu_mlp_fwd", (x, w1, b1, w2, b2, gate, "gelu", "triton")
+    yield "gelu_mlp_fwd", (x, w1, None, w2, None, None, "quick_gelu", "triton")
+    for needs in ([True] * 6, [False, True, False, False, True, False]):
+        yield "gelu_mlp_bwd", (dy, x, pre, w1, w2, gate, "gelu_tanh", needs, "triton")
+
+
+def _layer_norm(dtype):
+    x, weight, mask = torch.randn(9, 12, dtype=dtype), torch.randn(12), torch.rand(12) > 0.3
+    mean, rstd = torch.randn(9), torch.rand(9)
+    for out_dtype in (dtype, torch.float32):
+        yield "layer_norm_fwd", (x, x.float(), weight, weight, mask, 1e-5, out_dtype, "triton")
+        yield "layer_norm_fwd", (x, None, None, None, None, 1e-5, out_dtype, "triton")
+    for needs in ([True] * 3, [False, True, False]):
+        yield "layer_norm_bwd", (x, x, x, mean, rstd, weight, weight, mask, needs, "triton")
+    alone = (None, None, None, [True, False, False], "triton")
+    yield "layer_norm_bwd", (x, None, x, mean, rstd, *alone)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_opcheck_and_strides(dtype):
+@pytest.mark.parametrize("cases", [_attention, _gelu_mlp, _layer_norm])
+def test_opcheck_and_strides(dtype, cases):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for name, arguments in _arguments(dtype):
+    for name, arguments in cases(dtype):
         op = getattr(torch.ops.tinyclip, name).default
         torch.library.opcheck(op, arguments)
         with FakeTensorMode() as mode:
@@ -105,7 +135,8 @@ def test_autocast_and_double_backward(sample):
     inputs = leaves(tensors)
     with torch.autocast("cpu", torch.float16):
         out = op(**inputs, **options)
-    assert out.dtype == torch.float16
+    first = out[0] if isinstance(out, tuple) else out
+    assert first.dtype == (torch.float32 if op is ops.layer_norm else torch.float16)
     grads = torch.autograd.grad(total(out), list(inputs.values()), create_graph=True)
     for grad, tensor in zip(grads, inputs.values(), strict=True):
         assert grad.dtype == tensor.dtype

@@ -26,6 +26,10 @@ _MODULES: dict[Any, str] = {
     ("attention_fwd", "triton"): "tinyclip.triton_kernels.attention_fwd",
     ("attention_bwd", "triton"): "tinyclip.triton_kernels.attention_bwd",
     ("attention_qkv_bwd", "triton"): "tinyclip.triton_kernels.attention_bwd",
+    ("gelu_mlp_fwd", "triton"): "tinyclip.triton_kernels.gelu_mlp",
+    ("gelu_mlp_bwd", "triton"): "tinyclip.triton_kernels.gelu_mlp",
+    ("layer_norm_fwd", "triton"): "tinyclip.triton_kernels.layer_norm",
+    ("layer_norm_bwd", "triton"): "tinyclip.triton_kernels.layer_norm",
     "cpu": "tinyclip.ops._cpu",
 }
 

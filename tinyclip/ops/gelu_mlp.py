@@ -12,8 +12,9 @@ from tinyclip.ops import _checks
 from tinyclip.ops._autocast import autocast_dtype, like_linear
 from tinyclip.ops._autograd import first_order
 from tinyclip.ops._contracts import implementation
-from tinyclip.ops._dispatch import Candidate, Op, always, make_spec, register, select
+from tinyclip.ops._dispatch import Candidate, Cannot, Op, always, make_spec, register, select
 from tinyclip.ops._layout import as_rows
+from tinyclip.ops._triton import triton_why_not
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu")
 
@@ -122,6 +123,10 @@ class _GeluMLPFunction(torch.autograd.Function):
         return first_order(*gradients, None, None)
 
 
+def _triton_why_not(spec):
+    return Cannot("a size is zero") if 0 in spec.sizes.values() else triton_why_not(spec)
+
+
 def _through(backend):
     return lambda *problem: _GeluMLPFunction.apply(*problem, backend)
 
@@ -140,6 +145,7 @@ register(
         gelu_mlp,
         _prepare,
         (
+            Candidate("triton", _triton_why_not, _through("triton")),
             Candidate("torch", always, _through("torch")),
             Candidate("reference", always, _through("reference")),
         ),

@@ -10,8 +10,12 @@ from tinyclip.ops import _checks
 from tinyclip.ops._autocast import autocast_dtype
 from tinyclip.ops._autograd import first_order
 from tinyclip.ops._contracts import implementation
-from tinyclip.ops._dispatch import Candidate, Op, always, make_spec, register, select
+from tinyclip.ops._dispatch import Candidate, Cannot, Op, always, make_spec, register, select
 from tinyclip.ops._layout import as_rows
+from tinyclip.ops._triton import triton_why_not
+
+# A row lies whole in the registers of a Triton program.
+MOST_CHANNELS = 8192
 
 
 def layer_norm(
@@ -123,6 +127,14 @@ class _LayerNormFunction(torch.autograd.Function):
         )
 
 
+def _triton_why_not(spec):
+    if 0 in spec.sizes.values():
+        return Cannot("a size is zero")
+    if spec.sizes["C"] > MOST_CHANNELS:
+        return Cannot(f"channels go to {MOST_CHANNELS}, there are {spec.sizes['C']}")
+    return triton_why_not(spec)
+
+
 def _through(backend):
     return lambda *problem: _LayerNormFunction.apply(*problem, backend)
 
@@ -140,6 +152,7 @@ register(
         layer_norm,
         _prepare,
         (
+            Candidate("triton", _triton_why_not, _through("triton")),
             Candidate("torch", always, _through("torch")),
             Candidate("reference", always, _through("reference")),
         ),
