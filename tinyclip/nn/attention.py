@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyclip import ops
+from tinyclip.nn.mlp import gated
 
 
 class MultiheadAttention(nn.Module):
@@ -97,6 +98,7 @@ class MultiheadAttention(nn.Module):
         is_causal: bool = False,
         *,
         head_gate: Tensor | None = None,
+        out_gate: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Attend, and project.
 
@@ -112,6 +114,7 @@ class MultiheadAttention(nn.Module):
             average_attn_weights: without meaning, as there are no weights.
             is_causal: query i sees keys 0..i. As in torch it is trusted: `attn_mask` is not read.
             head_gate: (H,) or (B, H), multiplies each head's output; as in `ops.attention`.
+            out_gate: (C,), multiplies the projected output.
 
         Returns:
             (out, None), out of query's shape.
@@ -153,7 +156,7 @@ class MultiheadAttention(nn.Module):
             out = ops.attention(q, k, v, **options)
         if not self.batch_first:
             out = out.transpose(0, 1)
-        out = self.out_proj(out.flatten(2))
+        out = F.linear(out.flatten(2), *gated(self.out_proj, out_gate))
         return (out if batched else out.squeeze(self._batch_dim)), None
 
     @property

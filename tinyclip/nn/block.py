@@ -52,15 +52,46 @@ class ResidualAttentionBlock(nn.Module):
             self.ln_2 = LayerNorm(d_model, eps, keep_dtype=True, **factory)
             self.mlp = GELUMLP(d_model, mlp_width, activation, **factory)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False):
-        """x (B, L, C) -> (B, L, C); the masks as in `MultiheadAttention`."""
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        head_gate: Tensor | None = None,
+        hidden_gate: Tensor | None = None,
+        channel_gate: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, L, C) -> (B, L, C), under TinyCLIP's masks if given (Wu et al. 2023, section 3.2).
+
+        Where a gate is 0, the block computes what the smaller block without that head, hidden unit
+        or channel computes, by the same fused ops and without a host synchronisation.
+
+        Args:
+            x: (B, L, C), or (L, B, C) if not batch_first; in masked channels 0 or anything.
+            attn_mask, is_causal: as in `MultiheadAttention`.
+            head_gate: (H,) multiplies each head's output.
+            hidden_gate: (F,) multiplies the MLP's activation.
+            channel_gate: (C,) multiplies what both halves add to the stream; both norms are over
+                the channels where it is not 0, and not multiplied.
+        """
+        kept = None if channel_gate is None else channel_gate != 0
         attended = None
         if self.attn is not None:
-            y = self.ln_1(x)
-            attended, _ = self.attn(y, y, y, attn_mask=attn_mask, is_causal=is_causal)
+            y = self.ln_1(x, channel_mask=kept)
+            attended, _ = self.attn(
+                y,
+                y,
+                y,
+                attn_mask=attn_mask,
+                is_causal=is_causal,
+                head_gate=head_gate,
+                out_gate=channel_gate,
+            )
         if self.mlp is None:
             return x if attended is None else x + attended
         if attended is None:
-            return x + self.mlp(self.ln_2(x))
-        y, x = self.ln_2(attended, residual=x)
-        return x + self.mlp(y)
+            y = self.ln_2(x, channel_mask=kept)
+        else:
+            y, x = self.ln_2(attended, residual=x, channel_mask=kept)
+        return x + self.mlp(y, hidden_gate=hidden_gate, out_gate=channel_gate)

@@ -8,6 +8,14 @@ from tinyclip import ops
 from tinyclip.ops.gelu_mlp import ACTIVATIONS
 
 
+def gated(layer: nn.Linear, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of ``gate * layer(x)``: C_out C numbers are multiplied, not tokens C_out."""
+    if gate is None:
+        return layer.weight, layer.bias
+    gate = gate.to(layer.weight.dtype)
+    return layer.weight * gate[:, None], None if layer.bias is None else layer.bias * gate
+
+
 class GELUMLP(nn.Module):
     """``c_proj(act(c_fc(x)))``, computed by `ops.gelu_mlp`; open_clip's parameter names.
 
@@ -45,14 +53,15 @@ class GELUMLP(nn.Module):
             self.c_fc = nn.Linear(width, hidden, bias, device=device, dtype=dtype)
             self.c_proj = nn.Linear(hidden, width, bias, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, hidden_gate: Tensor | None = None) -> Tensor:
-        """x (..., C) -> (..., C); hidden_gate (F,) multiplies the activation."""
+    def forward(
+        self, x: Tensor, hidden_gate: Tensor | None = None, out_gate: Tensor | None = None
+    ) -> Tensor:
+        """x (..., C) -> (..., C); hidden_gate (F,) multiplies the activation, out_gate (C,) y."""
         return ops.gelu_mlp(
             x,
             self.c_fc.weight,
             self.c_fc.bias,
-            self.c_proj.weight,
-            self.c_proj.bias,
+            *gated(self.c_proj, out_gate),
             activation=self.activation,
             hidden_gate=hidden_gate,
         )
