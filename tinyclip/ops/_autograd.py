@@ -33,6 +33,21 @@ def first_order(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(result)
 
 
+def _mark(gradients, _):
+    # None leaves the gradients as they are: handing them back would cost as much as the hook.
+    return first_order(*gradients) if torch.is_grad_enabled() else None
+
+
+def once(result: Tensor) -> Tensor:
+    """The result of a PyTorch function, differentiable once: for those it could twice.
+
+    As `barrier`, at the cost of one call in backward; torch.compile does not trace it.
+    """
+    if result.grad_fn is not None:
+        result.grad_fn.register_hook(_mark)
+    return result
+
+
 class _Barrier(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):

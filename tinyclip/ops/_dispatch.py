@@ -136,9 +136,12 @@ def make_spec(
 ) -> Spec:
     """The spec of a call: device and dtype of `leading`, grad if any of `differentiable` asks."""
     device = leading.device
-    needs_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in differentiable
-    )
+    needs_grad = False
+    if torch.is_grad_enabled():
+        for tensor in differentiable:
+            if tensor is not None and tensor.requires_grad:
+                needs_grad = True
+                break
     return Spec(
         op=op,
         device=device.type,

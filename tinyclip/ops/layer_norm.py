@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tinyclip.ops import _checks
 from tinyclip.ops._autocast import autocast_dtype
-from tinyclip.ops._autograd import first_order
+from tinyclip.ops._autograd import first_order, once
 from tinyclip.ops._contracts import implementation
 from tinyclip.ops._dispatch import Candidate, Cannot, Op, always, make_spec, register, select
 from tinyclip.ops._layout import as_rows
@@ -50,9 +50,7 @@ def layer_norm(
     """
     spec, problem = _prepare(x, weight, bias, eps=eps, residual=residual, channel_mask=channel_mask)
     y, total = select(spec).run(*problem)
-    if residual is None:
-        return y.reshape(x.shape)
-    return y.reshape(x.shape), total.reshape(x.shape)
+    return y if residual is None else (y, total)
 
 
 def _prepare(x, weight, bias, *, eps=1e-5, residual=None, channel_mask=None):
@@ -78,14 +76,14 @@ def _prepare(x, weight, bias, *, eps=1e-5, residual=None, channel_mask=None):
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     lift = autocast_dtype(x.device) is not None and dtype != torch.float64
     out_dtype = torch.float32 if lift else dtype
-    x, residual = as_rows(x), None if residual is None else as_rows(residual)
-    flags = {"residual": residual is not None, "channel_mask": channel_mask is not None}
+    flags = () if residual is None else ("residual",)
+    flags += () if channel_mask is None else ("channel_mask",)
     spec = make_spec(
         op,
         x,
         (x, weight, bias, residual),
-        {"rows": x.shape[0], "C": channels},
-        tuple(name for name, on in flags.items() if on),
+        {"rows": x.shape[:-1].numel(), "C": channels},
+        flags,
     )
     return spec, (x, residual, weight, bias, channel_mask, eps, out_dtype)
 
@@ -136,7 +134,32 @@ def _triton_why_not(spec):
 
 
 def _through(backend):
-    return lambda *problem: _LayerNormFunction.apply(*problem, backend)
+    def run(x, residual, *rest):
+        rows, added = as_rows(x), None if residual is None else as_rows(residual)
+        y, total = _LayerNormFunction.apply(rows, added, *rest, backend)
+        return y.reshape(x.shape), None if residual is None else total.reshape(x.shape)
+
+    return run
+
+
+_through_torch = _through("torch")
+_WIDE = (torch.float32, torch.float64)
+
+
+def _run_torch(x, residual, weight, bias, channel_mask, eps, out_dtype):
+    """F.layer_norm itself where that is the op: on a CPU our own Function costs what a row does."""
+    builtin = channel_mask is None and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if builtin and out_dtype in _WIDE and x.numel() > 0:
+        for t in (x, residual, weight, bias):
+            builtin = builtin and (t is None or t.dtype == out_dtype)
+    else:
+        builtin = False
+    if not builtin:
+        return _through_torch(x, residual, weight, bias, channel_mask, eps, out_dtype)
+    total = None if residual is None else once(x + residual)
+    normalised = x if residual is None else total
+    y = once(torch.layer_norm(normalised, x.shape[-1:], weight, bias, eps))
+    return y, total
 
 
 def _example(device):
@@ -153,7 +176,7 @@ register(
         _prepare,
         (
             Candidate("triton", _triton_why_not, _through("triton")),
-            Candidate("torch", always, _through("torch")),
+            Candidate("torch", always, _run_torch),
             Candidate("reference", always, _through("reference")),
         ),
         _example,
