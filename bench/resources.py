@@ -1,6 +1,6 @@
 """``python -m bench resources``: what every shipped Triton tile takes of a chip, without one.
 
-Each row of the tuning table is compiled ahead of time for its architecture at CLIP's lengths, and
+Each row of the tuning tables is compiled ahead of time for its architecture at CLIP's sizes, and
 the machine code is read: registers, spills, shared memory, tensor-core instructions; with them the
 predicted occupancy, and the fraction of the tiles' work that is useful. Needs triton, no GPU.
 """
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from bench import mlp_launches
 from tinyclip.triton_kernels import tiling
 from tinyclip.triton_kernels.attention_bwd import plan_attention_bwd
 from tinyclip.triton_kernels.attention_fwd import plan_attention_fwd
@@ -40,6 +41,18 @@ class Problem(NamedTuple):
     length: int
     causal: bool = False
     masked: bool = False  # key_mask and head_gate
+
+    products = True
+
+    @property
+    def shape(self) -> str:
+        """For the table."""
+        return f"{self.length}{'c' if self.causal else ''}{'m' if self.masked else ''}"
+
+    def useful(self, tile: Tile) -> float:
+        """The scores that count over those that the tiles compute."""
+        lengths = (self.length, self.length)
+        return tiling.useful_fraction(*lengths, tile.block_m, tile.block_n, self.causal)
 
 
 class Resources(NamedTuple):
@@ -129,7 +142,12 @@ def attention_launch(kind: str, dtype: torch.dtype, d: int, problem: Problem, ti
 
 
 def shipped_launches() -> Iterator[tuple[str, int, Tile, Problem, Launch]]:
-    """Every row of the table with the problems it serves: (name, arch, tile, problem, launch)."""
+    """Every row of the tables with the problems it serves: (name, arch, tile, problem, launch)."""
+    yield from _attention_launches()
+    yield from mlp_launches.launches()
+
+
+def _attention_launches() -> Iterator[tuple[str, int, Tile, Problem, Launch]]:
     for row in table():
         dtype = torch.bfloat16 if row["bits"] == 16 else torch.float32
         problems = [Problem(50), Problem(50, True, True)]
@@ -149,18 +167,16 @@ def shipped_launches() -> Iterator[tuple[str, int, Tile, Problem, Launch]]:
 
 def main() -> int:
     """Print the table; 1 if anything spills or asks for more shared memory than there is."""
-    columns = ("kernel", "sm", "tile", "L", "useful", "regs", "spills", "shared", "blocks/SM")
+    columns = ("kernel", "sm", "tile", "size", "useful", "regs", "spills", "shared", "blocks/SM")
     print(f"{'  '.join(f'{name:>9}' for name in columns)}  tensor-core instructions")
     bad = 0
     for name, arch, tile, problem, launch in shipped_launches():
         found = resources(launch, arch)
-        length = problem.length
-        useful = tiling.useful_fraction(length, length, tile.block_m, tile.block_n, problem.causal)
-        shape = f"{length}{'c' if problem.causal else ''}{'m' if problem.masked else ''}"
         size = f"{tile.block_m}x{tile.block_n}/{tile.num_warps}/{tile.num_stages}"
         print(
-            f"{name:>18} {arch:>4} {size:>11} {shape:>6} {useful:>6.0%} {found.registers:>5}"
-            f" {found.spills:>6} {found.shared:>7} {found.blocks_per_sm:>3}  {found.tensor_core}",
+            f"{name:>19} {arch:>4} {size:>12} {problem.shape:>6} {problem.useful(tile):>6.0%}"
+            f" {found.registers:>5} {found.spills:>6} {found.shared:>7} {found.blocks_per_sm:>3}"
+            f"  {found.tensor_core}",
             flush=True,
         )
         bad += found.spills > 0 or found.shared > SHARED_LIMIT[arch]

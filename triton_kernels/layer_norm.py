@@ -18,7 +18,7 @@ import triton.language as tl
 from .launch import Launch
 
 # Elements of a row that a warp holds. Backward keeps twice as many tensors; of the widest rows 512
-# spill on sm_100.
+# spill.
 _FWD_WARP, _BWD_WARP, _BWD_WARP_WIDEST = 1024, 512, 256
 _FWD_STEPS = 4  # row blocks a program, so that weight, bias and mask are read once for them
 _BWD_PROGRAMS = 1024  # as many runs of rows as an H200 holds at once, about
@@ -92,8 +92,11 @@ def _layer_norm_bwd_kernel(
     NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr,
 ):  # fmt: skip
     """dx (R, C) contiguous; dweight, dbias (programs, C), sums over `run` rows each."""
+    # In the widest rows there is no room to keep the weight from one row to the next.
+    RELOAD: tl.constexpr = HAS_WEIGHT and BLOCK_C > 4096
+    KEEP: tl.constexpr = HAS_WEIGHT and BLOCK_C <= 4096
     columns, kept, inverse, weight, _ = _parameters(
-        weight_ptr, weight_ptr, mask_ptr, C, BLOCK_C, HAS_WEIGHT, False, HAS_MASK
+        weight_ptr, weight_ptr, mask_ptr, C, BLOCK_C, KEEP, False, HAS_MASK
     )
     dweight = tl.zeros([ROWS, BLOCK_C], tl.float32)
     dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
@@ -117,7 +120,12 @@ def _layer_norm_bwd_kernel(
         if NEED_BIAS:
             dbias += dy
         if NEED_X:
-            d = dy * weight
+            if RELOAD:
+                at = weight_ptr + columns
+                again = tl.load(at, mask=kept, other=0.0).to(tl.float32)
+                d = dy * again[None, :]
+            else:
+                d = dy * weight
             mean_d = tl.sum(d, axis=1) * inverse
             mean_dn = tl.sum(d * normed, axis=1) * inverse
             dx = (d - mean_d[:, None] - normed * mean_dn[:, None]) * rstd[:, None]
