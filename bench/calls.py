@@ -38,16 +38,27 @@ def contrastive_loss(ops, t: Tensors, s: dict) -> Tensor:
 
 
 def block(ops, t: Tensors, s: dict) -> Tensor:
-    """open_clip's block from four ops and two plain projections."""
+    """open_clip's block from four ops and two plain projections; TinyCLIP's gates if given."""
     linear = torch.nn.functional.linear
-    y = ops.layer_norm(t["x"], t["ln_1.weight"], t["ln_1.bias"])
+    channel_gate = t.get("channel_gate")
+    mask = None if channel_gate is None else channel_gate != 0
+
+    def out(name: str) -> tuple[Tensor, Tensor]:
+        weight, bias = t[f"{name}.weight"], t[f"{name}.bias"]
+        if channel_gate is None:
+            return weight, bias
+        return weight * channel_gate[:, None], bias * channel_gate
+
+    y = ops.layer_norm(t["x"], t["ln_1.weight"], t["ln_1.bias"], channel_mask=mask)
     qkv = linear(y, t["attn.in_proj_weight"], t["attn.in_proj_bias"])
     qkv = qkv.unflatten(-1, (3, s["H"], s["D"]))
-    y = ops.attention_qkv(qkv, causal=bool(s.get("causal"))).flatten(2)
-    y = linear(y, t["attn.out_proj.weight"], t["attn.out_proj.bias"])
-    y, x = ops.layer_norm(y, t["ln_2.weight"], t["ln_2.bias"], residual=t["x"])
-    mlp = (t[f"mlp.{name}"] for name in ("c_fc.weight", "c_fc.bias", "c_proj.weight"))
-    return x + ops.gelu_mlp(y, *mlp, t["mlp.c_proj.bias"], activation=s["activation"])
+    y = ops.attention_qkv(qkv, causal=bool(s.get("causal")), head_gate=t.get("head_gate"))
+    y = linear(y.flatten(2), *out("attn.out_proj"))
+    norm = (t["ln_2.weight"], t["ln_2.bias"])
+    y, x = ops.layer_norm(y, *norm, residual=t["x"], channel_mask=mask)
+    mlp = (t["mlp.c_fc.weight"], t["mlp.c_fc.bias"], *out("mlp.c_proj"))
+    gate = t.get("hidden_gate")
+    return x + ops.gelu_mlp(y, *mlp, activation=s["activation"], hidden_gate=gate)
 
 
 def _teacher(t: Tensors):

@@ -102,9 +102,9 @@ def contrastive_loss(s: dict, draw: Draw) -> Tensors:
 
 
 def block(s: dict, draw: Draw) -> Tensors:
-    """x (B, L, C) and a transformer block's parameters under nn.MultiheadAttention's names."""
+    """x (B, L, C), a block's parameters under open_clip's names; masked, TinyCLIP's three gates."""
     c, f = s["H"] * s["D"], s["F"]
-    return {
+    tensors = {
         "x": draw.normal(s["B"], s["L"], c),
         "ln_1.weight": draw.normal(c, mean=1.0, std=0.1),
         "ln_1.bias": draw.normal(c, std=0.1),
@@ -119,6 +119,11 @@ def block(s: dict, draw: Draw) -> Tensors:
         "mlp.c_proj.weight": draw.normal(c, f, std=f**-0.5),
         "mlp.c_proj.bias": draw.normal(c, std=0.1),
     }
+    if s.get("masked"):
+        for name, size in (("head_gate", s["H"]), ("hidden_gate", f), ("channel_gate", c)):
+            gate = draw.normal(size, mean=1.0, std=0.1).detach() * draw.kept(size, share=0.75)
+            tensors[name] = gate.requires_grad_()
+    return tensors
 
 
 def gemm(s: dict, draw: Draw) -> Tensors:

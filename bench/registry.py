@@ -39,7 +39,12 @@ _ATTENTION = {
 }
 _QKV = {"mha-internals": attention.mha_internals(), **_ATTENTION}
 _GATED = {"tinyclip-masked": plain(attention.tinyclip_masked), **_ATTENTION}
-_MLP = {"eager": plain(mlp.eager), "compile": compiled(mlp.eager)}
+_MLP = {
+    "eager": plain(mlp.eager),
+    "triton-fused": mlp.ours("fused"),
+    "triton-pointwise": mlp.ours("pointwise"),
+    "compile": compiled(mlp.eager),
+}
 _NORM = {"eager": plain(layer_norm.eager), "compile": compiled(layer_norm.eager)}
 _MASKED_NORM = {
     "tinyclip-masked": plain(layer_norm.tinyclip_masked),
@@ -60,6 +65,7 @@ _BLOCK = {
     "eager": block.eager(),
     "compile": compiled(block.plain_maths),
 }
+_MASKED_BLOCK = {"tinyclip-masked": plain(block.tinyclip_masked)}
 
 # The towers of CLIP: B/32 vision, text, B/16, L/14 and L/14 at 336 pixels.
 _TOWERS = {
@@ -160,6 +166,10 @@ def _blocks(device: str) -> Iterator[Case]:
         sizes["F"] = 4 * sizes["H"] * sizes["D"]
         more = {"eager": block.plain_maths, "reduced": {"B": 2}, "modes": (BOTH,)}
         yield _case("block", f"{tower} b{batch}", device, sizes, _BLOCK, **more)
+    more["eager"] = block.tinyclip_masked
+    sizes = {**_TOWERS["50x12h"], "B": batch, "F": 3072, "activation": "quick_gelu"}
+    masked = {**sizes, "masked": True}
+    yield _case("block", f"50x12h masked b{batch}", device, masked, _MASKED_BLOCK, **more)
 
 
 def _linear(t: Tensors, s: dict) -> Tensor:

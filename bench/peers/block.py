@@ -63,6 +63,38 @@ def open_clip_block() -> Peer:
     return Peer(build)
 
 
+def tinyclip_masked(t: Tensors, s: dict) -> Tensor:
+    """TinyCLIP's mask phase: a norm that looks for its channels, an L x L matrix, gates as passes.
+
+    The norm's two steps are TinyCLIP's, not F.layer_norm.
+    """
+    kept = t["channel_gate"] != 0
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        index = torch.where(kept)[0]
+        part = x.index_select(-1, index)
+        centred = part - part.mean(-1, keepdim=True)
+        part = centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-5)
+        part = part * t[f"{name}.weight"][index] + t[f"{name}.bias"][index]
+        return torch.zeros_like(x).index_copy(-1, index, part)
+
+    x = t["x"]
+    y = F.linear(norm(x, "ln_1"), t["attn.in_proj_weight"], t["attn.in_proj_bias"])
+    q, k, v = y.unflatten(-1, (3, s["H"], s["D"])).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = (q * s["D"] ** -0.5) @ k.transpose(-1, -2)
+    if s.get("causal"):
+        scores = scores.masked_fill(future_keys(s, x), float("-inf"))
+    heads = scores.softmax(-1) @ v * t["head_gate"].view(-1, 1, 1)
+    y = F.linear(heads.transpose(1, 2).flatten(2), *_projection(t, "attn.out_proj"))
+    x = x + y * t["channel_gate"]
+    y = activation(F.linear(norm(x, "ln_2"), *_projection(t, "mlp.c_fc")), s) * t["hidden_gate"]
+    return x + F.linear(y, *_projection(t, "mlp.c_proj")) * t["channel_gate"]
+
+
+def _projection(t: Tensors, name: str) -> tuple[Tensor, Tensor]:
+    return t[f"{name}.weight"], t[f"{name}.bias"]
+
+
 def eager() -> Peer:
     """`plain_maths` with attention pinned to flash."""
     pinned = functools.partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)

@@ -29,7 +29,7 @@ CHOICES = {
     "dtypes": (torch.float32, torch.float16),  # the interpreter has no bf16 products
 }
 SEEDS = range(440)
-PARTS = 4
+PARTS = 8
 # One program a tile and several tiles a program, a whole epilogue and one in parts, odd groups.
 FUSED = (
     Tile("fused", 128, 128, 64, 8, 8, 3, 0, 8, 128),

@@ -20,7 +20,7 @@ CHOICES = {
     "dtypes": (torch.float32, torch.float16),
 }
 SEEDS = range(440)
-PARTS = 2
+PARTS = 8
 
 
 @pytest.mark.parametrize("part", range(PARTS))
