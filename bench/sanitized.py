@@ -10,6 +10,7 @@ import torch
 
 import tinyclip
 from tinyclip import ops
+from tinyclip.triton_kernels import gelu_mlp
 
 LENGTHS = (1, 17, 50, 64, 77, 97, 197, 257)
 DIMS = (16, 40, 64, 128)
@@ -30,11 +31,29 @@ def attention(length: int, d: int, dtype: torch.dtype) -> int:
     return 6
 
 
+def mlp_and_norm(rows: int, c: int, dtype: torch.dtype) -> int:
+    """Both implementations of the gated MLP, and the masked norm of a sum; the launches made."""
+    shapes = ((rows, c), (3 * c, c), (3 * c,), (c, 3 * c), (c,), (3 * c,))
+    *tensors, gate = (
+        torch.randn(s, device="cuda", dtype=dtype, requires_grad=True) for s in shapes
+    )
+    for implementation in gelu_mlp.IMPLEMENTATIONS:
+        with gelu_mlp.only(implementation):
+            ops.gelu_mlp(*tensors, hidden_gate=gate).float().sum().backward()
+    x, _, _, _, bias = tensors
+    mask = torch.rand(c, device="cuda") > 0.3
+    y, total = ops.layer_norm(x, bias, bias, residual=x, channel_mask=mask)
+    (y + total).float().sum().backward()
+    return 6
+
+
 def main() -> None:
     launches = 0
     with tinyclip.backend("triton"):
         for length, d, dtype in itertools.product(LENGTHS, DIMS, DTYPES):
             launches += attention(length, d, dtype)
+        for rows, c, dtype in itertools.product(LENGTHS, (21, 100, 256), DTYPES):
+            launches += mlp_and_norm(rows, c, dtype)
     torch.cuda.synchronize()
     print(f"{launches} launches")
 
