@@ -73,17 +73,35 @@ _GELU_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 _QUICK = 1.702  # quick_gelu(x) is silu(1.702 x) / 1.702
 
 
-def _activation(kind: str, x: Tensor) -> tuple[Tensor, Tensor, float]:
+def _times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: float) -> Tensor:
+    """``factor * (x weightT)``, and a bias: the factor costs a product nothing."""
+    if factor == 1.0:
+        return F.linear(x, weight, bias)
+    if bias is None:
+        return torch.addmm(x.new_empty(()), x, weight.T, beta=0, alpha=factor)
+    return torch.addmm(bias, x, weight.T, alpha=factor)
+
+
+def _pre_activation(kind: str, x: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
+    """What is kept for backward: of QuickGELU, 1.702 of it, unless that could overflow."""
+    if kind != "quick_gelu" or x.dtype == torch.float16:
+        return F.linear(x, w1, b1)
+    if b1 is None:
+        return _times(x, w1, None, _QUICK)
+    return torch.addmm(b1, x, w1.T, beta=_QUICK, alpha=_QUICK)
+
+
+def _activation(kind: str, pre: Tensor) -> tuple[Tensor, Tensor, float]:
     """What activation and slope are taken of, the activation, and a factor that is still to come.
 
-    The factor of QuickGELU goes where it is cheap: into a product, a gate, a gradient of weights.
+    The factors of QuickGELU go where they are cheap: into products, a gate, a gradient of weights.
     """
     if kind in _GELU_APPROXIMATE:
-        return x, F.gelu(x, approximate=_GELU_APPROXIMATE[kind]), 1.0
+        return pre, F.gelu(pre, approximate=_GELU_APPROXIMATE[kind]), 1.0
     if kind == "quick_gelu":
-        x = x * _QUICK
-        return x, F.silu(x), 1 / _QUICK
-    return x, F.relu(x), 1.0
+        at = pre * _QUICK if pre.dtype == torch.float16 else pre
+        return at, F.silu(at), 1 / _QUICK
+    return pre, F.relu(pre), 1.0
 
 
 def _activation_bwd(kind: str, dout: Tensor, x: Tensor) -> Tensor:
@@ -112,15 +130,11 @@ def _gate(gate: Tensor, factor: float) -> Tensor:
 
 def gelu_mlp_fwd(x, w1, b1, w2, b2, gate, activation):
     """x (R, C) -> y (R, C_out), pre (R, F)."""
-    pre = F.linear(x, w1, b1)
+    pre = _pre_activation(activation, x, w1, b1)
     _, hidden, factor = _activation(activation, pre)
     if gate is not None:
-        return F.linear(_cast(hidden * _gate(gate, factor), x.dtype), w2, b2), pre
-    if factor == 1.0:
-        return F.linear(hidden, w2, b2), pre
-    if b2 is None:
-        return (hidden @ w2.T) * factor, pre
-    return torch.addmm(b2, hidden, w2.T, alpha=factor), pre
+        hidden, factor = _cast(hidden * _gate(gate, factor), x.dtype), 1.0
+    return _times(hidden, w2, b2, factor), pre
 
 
 def gelu_mlp_bwd(dy, x, pre, w1, w2, gate, activation, needs):
@@ -131,7 +145,7 @@ def gelu_mlp_bwd(dy, x, pre, w1, w2, gate, activation, needs):
     if need_b2:
         db2 = dy.sum(dim=0)
     if need_w2 and gate is None:
-        dw2 = torch.addmm(w2, dy.T, hidden, beta=0, alpha=factor)
+        dw2 = _times(dy.T, hidden.T, None, factor)
     elif need_w2:
         dw2 = dy.T @ _cast(hidden * _gate(gate, factor), x.dtype)
     if need_x or need_w1 or need_b1 or need_gate:
