@@ -1,8 +1,9 @@
 """``python -m bench resources``: what every shipped Triton tile takes of a chip, without one.
 
-Each row of the tuning tables is compiled ahead of time for its architecture at CLIP's sizes, and
-the machine code is read: registers, spills, shared memory, tensor-core instructions; with them the
-predicted occupancy, and the fraction of the tiles' work that is useful. Needs triton, no GPU.
+Each row of the tuning tables, and each tile of the contrastive kernels, is compiled ahead of time
+for its architecture at CLIP's sizes, and the machine code is read: registers, spills, shared
+memory, tensor-core instructions; with them the predicted occupancy, and the fraction of the tiles'
+work that is useful. Needs triton, no GPU.
 """
 
 import re
@@ -15,7 +16,8 @@ from typing import NamedTuple
 import torch
 
 from bench import mlp_launches
-from tinyclip.triton_kernels import tiling
+from tinyclip.ops._panels import Panel, StatsMemory
+from tinyclip.triton_kernels import contrastive, tiling
 from tinyclip.triton_kernels.attention_bwd import plan_attention_bwd
 from tinyclip.triton_kernels.attention_fwd import plan_attention_fwd
 from tinyclip.triton_kernels.launch import Launch
@@ -165,6 +167,31 @@ def _attention_launches() -> Iterator[tuple[str, int, Tile, Problem, Launch]]:
                 yield name, arch, tile, problem, launch
 
 
+def contrastive_launches() -> Iterator[tuple[str, Launch]]:
+    """Every contrastive kernel and tile: 16 and 32 bit, with and without a teacher, ragged too."""
+    for bits, teacher, ragged in (
+        *((16, False, False), (16, True, False), (16, False, True), (16, True, True)),
+        *((32, False, False), (32, True, False)),
+    ):
+        m, d, dt = 4096, 500 if ragged else 512, 700 if ragged else 768
+        dtype = torch.bfloat16 if bits == 16 else torch.float32
+        a, ta, ds = (torch.empty(m, x, device="meta", dtype=dtype) for x in (d, dt, m))
+        vector, rows = torch.empty(m, device="meta"), torch.empty(5, m, device="meta")
+        its = (ta, ta, vector) if teacher else (None, None, None)
+        panel = Panel(a, a, vector, *its, 0)
+        tiles = {kind: contrastive.tile_of(kind, dtype, teacher) for kind in ("stats", "grads")}
+        parts = StatsMemory.make(m, m, tiles["stats"][:2], teacher, "meta")
+        first = (True, False)
+        passes = contrastive.plan_stats(panel, rows, rows, vector, parts, first, tiles["stats"])
+        grads = (panel, rows, rows, (vector, vector), 0.5, ds, vector, tiles["grads"])
+        name = f"{str(dtype).removeprefix('torch.')}{' teacher' if teacher else ''}"
+        name += " ragged" if ragged else ""
+        yield f"stats {name}", passes[0]
+        yield f"grads {name}", contrastive.plan_grads(*grads)
+        if not ragged and bits == 16:
+            yield f"merge {name}", passes[2]
+
+
 def main() -> int:
     """Print the table; 1 if anything spills or asks for more shared memory than there is."""
     columns = ("kernel", "sm", "tile", "size", "useful", "regs", "spills", "shared", "blocks/SM")
@@ -180,4 +207,13 @@ def main() -> int:
             flush=True,
         )
         bad += found.spills > 0 or found.shared > SHARED_LIMIT[arch]
+    for name, launch in contrastive_launches():
+        for arch in SHARED_LIMIT:
+            found = resources(launch, arch)
+            print(
+                f"{'contrastive ' + name:>50} {arch:>4} {found.registers:>5} {found.spills:>6}"
+                f" {found.shared:>7} {found.blocks_per_sm:>3}  {found.tensor_core}",
+                flush=True,
+            )
+            bad += found.spills > 0 or found.shared > SHARED_LIMIT[arch]
     return 1 if bad else 0

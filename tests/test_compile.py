@@ -27,6 +27,21 @@ def test_no_spills_and_room_in_shared_memory(part):
     assert not bad, bad
 
 
+@pytest.mark.parametrize("arch", resources.SHARED_LIMIT)
+def test_contrastive_tiles_fit(arch):
+    bad, count = [], 0
+    for name, launch in resources.contrastive_launches():
+        found = resources.resources(launch, arch)
+        count += 1
+        if found.spills or found.shared > resources.SHARED_LIMIT[arch] or found.blocks_per_sm < 1:
+            bad.append((name, arch, found))
+        if not name.startswith("merge"):
+            wanted = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]
+            assert wanted in found.tensor_core, (name, arch, found)
+    assert count == 14
+    assert not bad, bad
+
+
 def test_every_row_of_the_table_is_compiled():
     from tinyclip.triton_kernels import gelu_mlp
     from tinyclip.triton_kernels.tuning import Tile, table

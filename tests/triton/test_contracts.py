@@ -19,6 +19,7 @@ SAMPLES = (
     samples.gelu_mlp,
     samples.layer_norm,
     samples.layer_norm_masked,
+    samples.contrastive_loss,
 )
 every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.__name__)
 
@@ -70,8 +71,23 @@ def _layer_norm(dtype):
     yield "layer_norm_bwd", (x, None, x, mean, rstd, *alone)
 
 
+def _contrastive(dtype):
+    """With a teacher, all gradients of both sides; without one, some of one side."""
+    a, b, ta, tb = (torch.randn(n, d, dtype=dtype) for n, d in ((4, 5), (7, 5), (4, 3), (7, 3)))
+    scale = torch.tensor(9.0)
+    for teacher, alpha, weight, needs in (
+        ((ta, tb, scale), 0.5, scale / 9, [True, True, True]),
+        ((None, None, None), 0.0, None, [True, False, False]),
+    ):
+        forward = (a, b, scale, *teacher, 2, "triton")
+        yield "contrastive_stats", forward
+        rows, cols, _ = torch.ops.tinyclip.contrastive_stats(*forward)
+        arguments = (a, b, scale, rows, cols, scale / 9, weight, alpha, *teacher, 2, needs)
+        yield "contrastive_grads", (*arguments, "triton")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("cases", [_attention, _gelu_mlp, _layer_norm])
+@pytest.mark.parametrize("cases", [_attention, _gelu_mlp, _layer_norm, _contrastive])
 def test_opcheck_and_strides(dtype, cases):
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -16,8 +16,19 @@ from torch import Tensor
 from tinyclip import _extension
 from tinyclip.ops import _checks, _contrastive, _ranks
 from tinyclip.ops._contracts import implementation
-from tinyclip.ops._dispatch import Candidate, Cannot, Op, Spec, always, make_spec, register, select
+from tinyclip.ops._dispatch import (
+    Candidate,
+    Cannot,
+    Op,
+    Slower,
+    Spec,
+    always,
+    make_spec,
+    register,
+    select,
+)
 from tinyclip.ops._layout import unit_stride
+from tinyclip.ops._triton import triton_why_not
 
 
 class Teacher(NamedTuple):
@@ -333,7 +344,12 @@ def _example_grads(device):
 
 def _candidates(run):
     """The same order for all three: `run(backend)` is the candidate's run."""
-    order = (("cpu", _cpu_why_not), ("torch", always), ("reference", always))
+    order = (
+        ("triton", _triton_why_not),
+        ("cpu", _cpu_why_not),
+        ("torch", always),
+        ("reference", always),
+    )
     return tuple(Candidate(name, why_not, run(name)) for name, why_not in order)
 
 
@@ -347,6 +363,14 @@ def _cpu_why_not(spec: Spec) -> Cannot | None:
         return Cannot(f"it computes on CPU tensors, these are on {spec.device}")
     missing = _extension_missing()
     return None if missing is None else Cannot(missing)
+
+
+# A kernel that no GPU has run may be wrong where its tests cannot look: it waits to be asked for.
+_UNMEASURED = "no GPU has run its tests or timed it yet: it serves where it is asked for by name"
+
+
+def _triton_why_not(spec: Spec) -> Cannot | Slower | None:
+    return triton_why_not(spec) or Slower(_UNMEASURED)
 
 
 def _pass(op):
