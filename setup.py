@@ -25,8 +25,8 @@ from setuptools.errors import CompileError, SetupError
 # A new file under csrc is built as soon as it is there: *.cpp always, *.cu where there is nvcc.
 CPU_SOURCES = sorted(Path("csrc").rglob("*.cpp"))
 CUDA_SOURCES = sorted(Path("csrc").rglob("*.cu"))
-# The one file that sees Python and pybind11; the others stay untouched when their paths change.
-BINDINGS = Path("csrc/bindings.cpp")
+# The files that see Python and pybind11; the others stay untouched when their paths change.
+BINDINGS = sorted(Path("csrc").glob("bindings*.cpp"))
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-Icsrc"]
 # A product is rounded before it is added to: every processor computes the same bits.
@@ -186,7 +186,7 @@ def plan(host: Host, cuda: Cuda | None, folder: Path) -> list[Step]:
             command += ["-lineinfo", "-Xcompiler", ",".join(host_flags)]
         else:
             command = [*host.words, *CXX_FLAGS, *host_flags, "-Wextra"]
-            command += python_side if source == BINDINGS else []
+            command += python_side if source in BINDINGS else []
         command += ["-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(output)]
         steps.append(Step(output, [source], command, depfile))
 

@@ -1,9 +1,10 @@
-"""``python -m bench resources``: what every shipped Triton tile takes of a chip, without one.
+"""``python -m bench resources``: what our kernels take of a chip, without one.
 
 Each row of the tuning tables, and each tile of the contrastive kernels, is compiled ahead of time
 for its architecture at CLIP's sizes, and the machine code is read: registers, spills, shared
 memory, tensor-core instructions; with them the predicted occupancy, and the fraction of the tiles'
-work that is useful. Needs triton, no GPU.
+work that is useful. Of the extension's kernels, the code that it holds is read. Needs triton, and
+no GPU.
 """
 
 import re
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from bench import mlp_launches
+from tinyclip import _extension
 from tinyclip.ops._panels import Panel, StatsMemory
 from tinyclip.triton_kernels import contrastive, tiling
 from tinyclip.triton_kernels.attention_bwd import plan_attention_bwd
@@ -88,11 +90,11 @@ def source(launch: Launch):
     return ASTSource(launch.kernel, signature, constants, hints)
 
 
-def _cuobjdump(flag: str, cubin: Path) -> str:
+def _cuobjdump(*words: str | Path) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool, *words], capture_output=True, text=True, check=True).stdout
 
 
 def resources(launch: Launch, arch: int) -> Resources:
@@ -109,20 +111,46 @@ def resources(launch: Launch, arch: int) -> Resources:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage, sass = _cuobjdump("-res-usage", cubin), _cuobjdump("-sass", cubin)
+    return _read(usage, sass, arch, compiled.metadata.shared, launch.num_warps)
+
+
+def _read(usage: str, sass: str, arch: int, shared: int, warps: int) -> Resources:
+    """Of one kernel, from what cuobjdump says of it."""
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     stack = int(re.search(r"STACK:(\d+)", usage)[1])
     counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in _TENSOR_CORE}
-    shared = compiled.metadata.shared
-    threads = 32 * launch.num_warps
-    by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
     by_shared = SHARED_ALL[arch] // (shared + 1024)  # the driver keeps 1 KiB a block
     return Resources(
         registers,
         stack,
         shared,
         " ".join(f"{name} {count}" for name, count in counts.items() if count) or "none",
-        min(by_registers, by_shared, WARPS // launch.num_warps, 32),
+        min(by_registers, by_shared, WARPS // warps, 32),
     )
+
+
+def extension_resources(arch: str) -> dict[str, Resources]:
+    """The contrastive kernels in the extension for an architecture ("90a"), by name."""
+    extension = _extension.load()
+    number = int(re.match(r"\d+", arch)[0])
+    words = ("-arch", f"sm_{arch.partition('+')[0]}", extension.__file__)
+    sass = re.split(r"\n\s*Function : ", _cuobjdump("-sass", *words))[1:]
+    code = dict(section.split("\n", 1) for section in sass)
+    found = {}
+    for name, usage in re.findall(r"Function (\w+):\n(.*)", _cuobjdump("-res-usage", *words)):
+        if short := re.search(r"contrastive_(stats|grads|merge)_kernel(.*?)EEv", name):
+            kind, instance = short[1], short[2]
+            teacher = "Lb1" in instance[-4:]
+            element = re.search(r"Bf16|Fp16|Fp32ILb[01]", instance)
+            bytes_ = 4 if element and "32" in element[0] else 2
+            shared = 0 if kind == "merge" else extension.contrastive_cuda_shared(teacher, bytes_)
+            label = {"Fp32ILb1": "Fp32", "Fp32ILb0": "Fp32 as TF32"}
+            label = label.get(element[0], element[0]) if element else ""
+            label = f"{kind} {label}{' teacher' if teacher else ''}"
+            warps = 4 if kind == "merge" else 8
+            found[label] = _read(usage, code[name], number, shared, warps)
+    return found
 
 
 def attention_launch(kind: str, dtype: torch.dtype, d: int, problem: Problem, tile: Tile) -> Launch:
@@ -216,4 +244,13 @@ def main() -> int:
                 flush=True,
             )
             bad += found.spills > 0 or found.shared > SHARED_LIMIT[arch]
+    extension = _extension.load()
+    for arch in extension.build_info()["architectures"] if extension else ():
+        for name, found in extension_resources(arch).items():
+            print(
+                f"{'extension ' + name:>50} {arch:>7} {found.registers:>5} {found.spills:>6}"
+                f" {found.shared:>7} {found.blocks_per_sm:>3}  {found.tensor_core}",
+                flush=True,
+            )
+            bad += found.spills > 0
     return 1 if bad else 0

@@ -1,5 +1,5 @@
-// Python's view of the compiled code, and the only file here that knows Python. It is compiled with
-// TINYCLIP_CUDA_ARCHS defined where the .cu files are compiled and linked too.
+// Python's view of the compiled code; it and bindings_cuda.cpp alone know Python. Both are compiled
+// with TINYCLIP_CUDA_ARCHS defined where the .cu files are compiled and linked too.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <unistd.h>
@@ -16,6 +16,7 @@
 #include <omp.h>
 #endif
 
+#include "bindings_cuda.h"
 #include "contrastive/check.h"
 #include "contrastive/cpu.h"
 #ifdef TINYCLIP_CUDA_ARCHS
@@ -347,4 +348,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_probe", &cuda_probe, py::arg("device"),
         "Why this build's CUDA code cannot run on a device, or None.");
 #endif
+  tinyclip::bind_cuda(m);
 }

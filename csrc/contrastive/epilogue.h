@@ -8,12 +8,7 @@
 // order of reductions) is handed in.
 #pragma once
 
-#ifdef __CUDACC__
-#define TC_HD __host__ __device__ __forceinline__
-#else
-// Never a symbol of its own: each file that includes this may be compiled for another processor.
-#define TC_HD __attribute__((always_inline)) inline
-#endif
+#include "contrastive/target.h"
 
 namespace tinyclip::contrastive {
 

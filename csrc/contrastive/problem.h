@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "contrastive/target.h"
+
 namespace tinyclip::contrastive {
 
 using Index = std::int64_t;  // M * N passes 2^31 at M = N = 46,341
@@ -18,7 +20,7 @@ struct Matrix {
   T* data = nullptr;
   Index stride = 0;
 
-  T* at(Index row, Index column) const { return data + row * stride + column; }
+  TC_HD T* at(Index row, Index column) const { return data + row * stride + column; }
 };
 
 // The five numbers of many rows or columns: one array each, `stride` apart.
@@ -27,7 +29,7 @@ struct Table {
   T* base = nullptr;
   Index stride = 0;
 
-  T* at(StatName name, Index index) const { return base + name * stride + index; }
+  TC_HD T* at(StatName name, Index index) const { return base + name * stride + index; }
 };
 
 // The rows of S, or its columns.

@@ -39,7 +39,10 @@ def _fused(image, text, logit_scale, teacher_image, teacher_text, *, teacher_sca
 
 
 def _cond(problem: Problem, tensors, douts):
-    """Gradients: s (P + T) |B|, with 8 + s roundings, of fp32 (fp64 for fp64) logits."""
+    """Gradients: s (P + T) |B|, with 8 + s roundings, of fp32 (fp64 for fp64) logits.
+
+    An engine that hands dS to 16-bit products rounds it once: s |dS| |B|, half an eps of theirs.
+    """
     image, text, scale = tensors["image"], tensors["text"], tensors["logit_scale"].reshape(())
     alpha, m = problem.options["alpha"], len(tensors["image"])
     cosines = image @ text.T
@@ -53,6 +56,7 @@ def _cond(problem: Problem, tensors, douts):
         t_rows = (1 - alpha) * t_rows + alpha * t.softmax(1)
         t_cols = (1 - alpha) * t_cols + alpha * t.softmax(0)
     ds = (p_rows + t_rows + p_cols + t_cols) / (2 * m) * douts[0].abs()
+    exact_ds = (p_rows - t_rows + p_cols - t_cols) / (2 * m) * douts[0]
     work = torch.promote_types(problem.tensors["image"].dtype, torch.float32)
     eps = torch.finfo(work).eps
     level = s.abs().amax(1).mean() + s.abs().amax(0).mean() + s.diagonal().abs().mean()
@@ -62,7 +66,19 @@ def _cond(problem: Problem, tensors, douts):
         "dtext": scale.abs() * ds.T @ image.abs(),
         "dlogit_scale": (ds * lengths).sum().reshape(tensors["logit_scale"].shape),
     }
+    if problem.rounded_ds:
+        rounded = scale.abs() * exact_ds.abs() * once(problem, "image", "dimage")
+        conds["dimage"] = conds["dimage"] + rounded @ text.abs()
+        conds["dtext"] = conds["dtext"] + rounded.T @ image.abs()
     return {name: (terms, eps) for name, terms in conds.items()}
+
+
+def once(problem: Problem, features: str, gradient: str) -> float:
+    """Half an eps of the features, counted in what the rule allows `gradient`'s terms."""
+    tensor = problem.tensors[features]
+    work = torch.promote_types(tensor.dtype, torch.float32)
+    own, wide = (torch.finfo(dtype).eps for dtype in (tensor.dtype, work))
+    return 0.5 * own / (wide * problem.roundings[gradient])
 
 
 def make(seed: int, *, device: str = "cpu", **choices) -> Problem:
@@ -110,4 +126,5 @@ def make(seed: int, *, device: str = "cpu", **choices) -> Problem:
         frozen=frozenset(frozen | {"teacher_image", "teacher_text"}),
         douts=[draw.upstream(torch.empty((), device=device), upstream)],
         roundings=dict.fromkeys(("dimage", "dtext", "dlogit_scale"), 8 + scale),
+        rounded_ds=choices.get("rounded_ds", False),
     )

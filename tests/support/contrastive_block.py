@@ -10,6 +10,7 @@ where a column whose positive lies in another block has no such term.
 import torch
 import torch.nn.functional as F
 
+from tests.support.contrastive import once
 from tests.support.draw import LAYOUTS, REGIMES, Draw
 from tests.support.problem import Problem
 from tinyclip import ops
@@ -89,7 +90,7 @@ def _cond(problem: Problem, tensors, douts):
     s, lengths = scale * cosines, a.abs() @ b.abs().T
     hard = torch.zeros_like(s)
     hard.diagonal(offset)[: len(a)].fill_(1 - alpha)
-    ds, level = torch.zeros_like(s), torch.zeros(())
+    ds, exact_ds, level = torch.zeros_like(s), torch.zeros_like(s), torch.zeros(())
     for dim, name in ((1, "row"), (0, "col")):
         weight = tensors[f"{name}_weight"]
         weight = problem.options[f"every_{name}"] if weight is None else weight.unsqueeze(dim)
@@ -99,18 +100,23 @@ def _cond(problem: Problem, tensors, douts):
             t = tensors["teacher_a"] @ tensors["teacher_b"].T * problem.options["teacher_scale"]
             target = hard + alpha * t.softmax(dim)
         ds = ds + weight * (s.softmax(dim) + target)
+        exact_ds = exact_ds + weight * (s.softmax(dim) - target)
         denominators = s.abs().amax(dim, keepdim=True) + torch.log(
             torch.tensor(float(s.shape[dim]))
         )
         terms = denominators + (target * s.abs()).sum(dim, keepdim=True)
         level = level + (weight * terms).sum()
-    ds = ds * douts[0].abs()
+    ds, exact_ds = ds * douts[0].abs(), exact_ds * douts[0]
     conds = {
         "out": level,
         "da": scale.abs() * ds @ b.abs(),
         "db": scale.abs() * ds.T @ a.abs(),
         "dscale": (ds * lengths).sum().reshape(tensors["scale"].shape),
     }
+    if problem.rounded_ds:
+        rounded = scale.abs() * exact_ds.abs() * once(problem, "a", "da")
+        conds["da"] = conds["da"] + rounded @ b.abs()
+        conds["db"] = conds["db"] + rounded.T @ a.abs()
     eps = torch.finfo(problem.tensors["scale"].dtype).eps
     return {name: (terms, eps) for name, terms in conds.items()}
 
@@ -169,4 +175,5 @@ def make(seed: int, **choices) -> Problem:
         frozen=frozenset(frozen),
         douts=[draw.normal().to(work)],
         roundings=dict.fromkeys(("da", "db", "dscale"), 8 + scale),
+        rounded_ds=choices.get("rounded_ds", False),
     )

@@ -32,6 +32,7 @@ class Problem:
     frozen: frozenset[str] = frozenset()
     douts: list[torch.Tensor] = field(default_factory=list)
     roundings: dict[str, float] = field(default_factory=dict)
+    rounded_ds: bool = False  # of the contrastive op: whether dS is kept at the features' precision
 
     def _run(self, call: Callable, tensors: Tensors, douts: list[torch.Tensor]) -> Results:
         leaves = {}

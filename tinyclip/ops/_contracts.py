@@ -30,6 +30,8 @@ _MODULES: dict[Any, str] = {
     ("gelu_mlp_bwd", "triton"): "tinyclip.triton_kernels.gelu_mlp",
     ("layer_norm_fwd", "triton"): "tinyclip.triton_kernels.layer_norm",
     ("layer_norm_bwd", "triton"): "tinyclip.triton_kernels.layer_norm",
+    ("contrastive_stats", "cuda"): "tinyclip.ops._panels_cuda",
+    ("contrastive_grads", "cuda"): "tinyclip.ops._panels_cuda",
     ("contrastive_stats", "triton"): "tinyclip.ops._panels_triton",
     ("contrastive_grads", "triton"): "tinyclip.ops._panels_triton",
     "cpu": "tinyclip.ops._cpu",

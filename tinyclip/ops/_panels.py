@@ -49,8 +49,8 @@ class Kernels(Protocol):
 
 
 def edges(size: int, most: int, tile: int) -> list[tuple[int, int]]:
-    """[0, size) in parts of at most `most`, whole tiles each but for the last."""
-    parts = max(1, -(-size // most))
+    """[0, size), size at least 1, in parts of at most `most`, whole tiles each but for the last."""
+    parts = -(-size // most)
     step = -(-size // (parts * tile)) * tile
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 

@@ -345,6 +345,7 @@ def _example_grads(device):
 def _candidates(run):
     """The same order for all three: `run(backend)` is the candidate's run."""
     order = (
+        ("cuda", _cuda_why_not),
         ("triton", _triton_why_not),
         ("cpu", _cpu_why_not),
         ("torch", always),
@@ -367,6 +368,22 @@ def _cpu_why_not(spec: Spec) -> Cannot | None:
 
 # A kernel that no GPU has run may be wrong where its tests cannot look: it waits to be asked for.
 _UNMEASURED = "no GPU has run its tests or timed it yet: it serves where it is asked for by name"
+
+
+@torch.compiler.assume_constant_result
+def _cuda_missing() -> str | None:
+    return _extension.cuda_why_not(torch.cuda.current_device())
+
+
+def _cuda_why_not(spec: Spec) -> Cannot | Slower | None:
+    if spec.device != "cuda":
+        return Cannot(f"needs a CUDA device, the tensors are on {spec.device}")
+    if spec.dtype == torch.float64:
+        return Cannot("no fp64 kernels")
+    if spec.capability < (8, 0):
+        return Cannot(f"needs compute capability 8.0, the device has {spec.capability}")
+    missing = _cuda_missing()
+    return Slower(_UNMEASURED) if missing is None else Cannot(missing)
 
 
 def _triton_why_not(spec: Spec) -> Cannot | Slower | None:
