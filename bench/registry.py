@@ -60,6 +60,7 @@ _CLIP = {"open_clip": contrastive.open_clip_loss(), **_LOSS}
 _DISTIL = {"tinyclip": plain(contrastive.tinyclip), **_LOSS}
 _STATS = {"eager": plain(contrastive.stats), "compile": compiled(contrastive.stats)}
 _GRADS = {"eager": plain(contrastive.grads), "compile": compiled(contrastive.grads)}
+_ENGINES = {name: contrastive.engine(name) for name in ("cuda", "triton")}
 _BLOCK = {
     "open_clip": block.open_clip_block(),
     "eager": block.eager(),
@@ -148,6 +149,8 @@ def _losses(device: str) -> Iterator[Case]:
         for name, sizes, beside in ((f"{batch}", hard, _CLIP), (f"{batch} teacher", soft, _DISTIL)):
             if device == "cpu":  # fp32 throughout: the same as eager
                 beside = {peer: made for peer, made in beside.items() if peer != "eager-fp32"}
+            else:  # ours is what `auto` takes; each engine by its name has a row beside it
+                beside = {**beside, **_ENGINES}
             more = {"eager": contrastive.eager_fp32, "reduced": reduced}
             yield _case("contrastive_loss", name, device, sizes, beside, **more)
             if batch == batches[1]:

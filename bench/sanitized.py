@@ -47,8 +47,28 @@ def mlp_and_norm(rows: int, c: int, dtype: torch.dtype) -> int:
     return 6
 
 
+def contrastive(m: int, d: int, dtype: torch.dtype) -> int:
+    """Forward and backward of the loss, without a teacher and with one; the launches made."""
+    image, text = (
+        torch.randn(m, d, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2)
+    )
+    teacher = torch.randn(2, m, d + 3, device="cuda", dtype=dtype)
+    ops.contrastive_loss(image, text, 0.1).backward()
+    teacher = tinyclip.Teacher(*teacher, 0.1)
+    ops.contrastive_loss(image, text, 0.1, teacher=teacher, alpha=0.5).backward()
+    return 8
+
+
 def main() -> None:
     launches = 0
+    for backend in ("cuda", "triton"):
+        rows = tinyclip.explain("contrastive_loss").rows
+        if any(row[:2] == (backend, "cannot") for row in rows):
+            print(f"contrastive on {backend}: not run")
+            continue
+        with tinyclip.backend(backend):
+            for m, d, dtype in itertools.product((1, 127, 300), (8, 72, 500), DTYPES):
+                launches += contrastive(m, d, dtype)
     with tinyclip.backend("triton"):
         for length, d, dtype in itertools.product(LENGTHS, DIMS, DTYPES):
             launches += attention(length, d, dtype)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.peers import Peer, Tensors, open_clip
+from bench.peers import CannotRun, Peer, Tensors, open_clip
 from bench.timing import Timed
 
 TEACHER_SCALE = 50.0  # TinyCLIP fixes the teacher's multiplier there
@@ -127,3 +127,21 @@ def grads(t: Tensors, s: dict) -> tuple[Tensor, Tensor, Tensor]:
     both = both * scale
     da, db = both @ text.to(both.dtype), both.T @ image.to(both.dtype)
     return da.to(image.dtype), db.to(text.dtype), dscale
+
+
+def engine(backend: str) -> Peer:
+    """The op itself on the backend of this name, as long as `auto` does not take it by itself."""
+
+    def build(t: Tensors, s: dict, device: str) -> Timed:
+        import tinyclip
+        from bench import calls
+
+        with tinyclip.backend(backend):
+            rows = tinyclip.explain("contrastive_loss", t["image"], t["text"], 1.0).rows
+        if refused := [row[2] for row in rows if row[:2] == (backend, "cannot")]:
+            raise CannotRun(refused[0])
+        return Timed(
+            lambda: calls.contrastive_loss(tinyclip.ops, t, s), lambda: tinyclip.backend(backend)
+        )
+
+    return Peer(build)
