@@ -84,7 +84,8 @@ def test_a_killed_run_leaves_valid_json(tmp_path, kill):
     entries = plan(registry.select(registry.cases("cpu"), [case]))
     assert len(data["rows"]) == len(entries)
     assert {row["status"] for row in data["rows"]} == {MEASURED, NOT_RUN}
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+    # beside it at most what was being written when the kill came, hidden
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["rows.json"]
     # and nothing goes on measuring for nobody
     wait_for(lambda: not any(running(child) for child in children), 10)
 
@@ -184,7 +185,7 @@ def test_a_failing_build_and_a_hanging_suite_are_told(tmp_path, monkeypatch):
         "import time\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): time.sleep(600)\n"
     )
     monkeypatch.setattr(gpu, "_GPU_TESTS", ("-c", os.devnull, "-p", "no:randomly", str(tests)))
-    found = gpu._tests(tmp_path / "x.json", time.monotonic() + 4)
+    found = gpu._tests(tmp_path / "x.json", time.monotonic() + 12)
     assert found["status"] == "stopped by the budget"
     assert (found["passed"], found["failed"]) == (1, 1)
 
