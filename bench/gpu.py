@@ -1,9 +1,9 @@
 """``python -m bench gpu``: everything a GPU is needed for, in one command, offline, under a budget.
 
 In this order, so that a run cut short has what depends on it most: build the extension, PyTorch's
-own baselines (copy, cuBLAS, pinned SDPA), the tests marked gpu, the kernels under a memory checker,
-every op beside its peers. The budget is ``GPU_BUDGET_S`` seconds (600). Without a GPU: one line and
-a file of "not run" rows; 0.
+own baselines (copy, cuBLAS, pinned SDPA), the tests marked gpu, the kernels under checkers of
+memory and of races, every op beside its peers. The budget is ``GPU_BUDGET_S`` seconds (600).
+Without a GPU: one line and a file of "not run" rows; 0.
 """
 
 import os
@@ -30,7 +30,8 @@ _RESERVE = 10.0  # for the table, and for a worker to be stopped
 _BUILD = ("-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "-e", ".")
 _GPU_TESTS = ("-m", "gpu", "tests")
 # Shares of what is left when a phase begins.
-_BUILD_SHARE, _BASELINE_SHARE, _TEST_SHARE, _MEMCHECK_SHARE = 0.4, 0.25, 0.5, 0.2
+_BUILD_SHARE, _BASELINE_SHARE, _TEST_SHARE, _CHECK_SHARE = 0.4, 0.25, 0.5, 0.15
+_CHECKS = ("memcheck", "racecheck")  # compute-sanitizer's tools
 
 
 def main(patterns: list[str], base: Path, backend: str = "auto") -> int:
@@ -52,7 +53,9 @@ def main(patterns: list[str], base: Path, backend: str = "auto") -> int:
         runner.run(baselines, _share(deadline, _BASELINE_SHARE))
         runner.release()  # the tests get the whole device
         written.note("tests", _tests(written.path, _share(deadline, _TEST_SHARE)))
-        written.note("memcheck", _memcheck(written.path, _share(deadline, _MEMCHECK_SHARE)))
+        for check in _CHECKS:
+            found = _sanitized(check, written.path, _share(deadline, _CHECK_SHARE))
+            written.note(check, found)
         runner.run(ops, deadline)
     written.note("complete", True)
     print(report.table(written.rows))
@@ -68,7 +71,8 @@ def _no_gpu(written: Report, entries: list[Entry]) -> int:
         written.rows[i] = {**entry.blank(), "reason": reason}
     written.data["build"] = {"status": NOT_RUN, "seconds": 0.0}
     written.data["tests"] = _no_tests(NOT_RUN, 0.0)
-    written.data["memcheck"] = {"status": NOT_RUN, "launches": 0, "seconds": 0.0}
+    for check in _CHECKS:
+        written.data[check] = {"status": NOT_RUN, "launches": 0, "seconds": 0.0}
     written.note("complete", True)
     print(f"No CUDA device is available, so nothing was run; {written.path} lists what would be.")
     return 0
@@ -156,15 +160,15 @@ def _tests(results: Path, deadline: float) -> dict[str, Any]:
     return found | {"log": log.name}
 
 
-def _memcheck(results: Path, deadline: float) -> dict[str, Any]:
+def _sanitized(check: str, results: Path, deadline: float) -> dict[str, Any]:
     """Our kernels under compute-sanitizer, every allocation one of its own; or its absence."""
-    log, start = results.with_suffix(".memcheck.log"), time.monotonic()
+    log, start = results.with_suffix(f".{check}.log"), time.monotonic()
     tool = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
     if tool is None:
         return {"status": "tool unavailable", "launches": 0, "seconds": 0.0}
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
+    command = [tool, "--tool", check, "--error-exitcode", "9"]
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, sys.executable, "-m", "bench.sanitized"],
@@ -183,7 +187,7 @@ def _memcheck(results: Path, deadline: float) -> dict[str, Any]:
         "launches": int(launches[1]) if launches else 0,
         "seconds": round(time.monotonic() - start, 1),
     }
-    print(f"memcheck: {found}", flush=True)
+    print(f"{check}: {found}", flush=True)
     return found | {"log": log.name}
 
 
