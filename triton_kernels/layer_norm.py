@@ -91,7 +91,7 @@ def _layer_norm_bwd_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_MASK: tl.constexpr, NEED_X: tl.constexpr,
     NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """dx (R, C) contiguous; dweight, dbias (programs, C), sums over `run` rows each."""
+    """dx (R, C) contiguous; dweight, dbias (programs, C), sums over `run` rows, whole blocks."""
     # In the widest rows there is no room to keep the weight from one row to the next.
     RELOAD: tl.constexpr = HAS_WEIGHT and BLOCK_C > 4096
     KEEP: tl.constexpr = HAS_WEIGHT and BLOCK_C <= 4096
@@ -101,10 +101,9 @@ def _layer_norm_bwd_kernel(
     dweight = tl.zeros([ROWS, BLOCK_C], tl.float32)
     dbias = tl.zeros([ROWS, BLOCK_C], tl.float32)
     first = tl.cast(tl.program_id(0), tl.int64) * run
-    last = tl.minimum(first + run, R)
     for start in tl.range(0, run, ROWS):
         rows = first + start + tl.arange(0, ROWS)
-        in_rows = rows < last
+        in_rows = rows < R
         here = in_rows[:, None] & (columns < C)[None, :]
         inside = in_rows[:, None] & kept[None, :]
         dy_at = dy_ptr + rows[:, None] * stride_dy + columns[None, :]

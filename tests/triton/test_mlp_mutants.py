@@ -97,8 +97,8 @@ MUTANTS = (
     Mutant(
         "a run's rows counted by the next one, too",
         LAYER_NORM,
-        "last = tl.minimum(first + run, R)",
-        "last = tl.minimum(first + run + 1, R)",
+        "for start in tl.range(0, run, ROWS):",
+        "for start in tl.range(0, run + ROWS, ROWS):",
         NORM,
     ),
     Mutant(
