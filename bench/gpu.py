@@ -16,7 +16,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -97,6 +97,23 @@ def _raise_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
+def _start(command: list[str], output: IO[str], **variables: str) -> subprocess.Popen:
+    """Start a command from the checkout's root, in a process group that can be interrupted: where
+    this process runs in the background it ignores SIGINT, and what it starts would, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **variables},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _finish(process: subprocess.Popen, deadline: float) -> bool:
     """Whether it ended by itself; if not it is interrupted, then killed, with its children."""
     try:
@@ -119,13 +136,7 @@ def _build(results: Path, deadline: float) -> dict[str, Any]:
     """Install in place with the machine's own tools; a failure leaves the pure-Python backends."""
     log, start = results.with_suffix(".build.log"), time.monotonic()
     with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, *_BUILD],
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = _start([sys.executable, *_BUILD], output)
         in_time = _finish(process, deadline)
     status = "built" if process.returncode == 0 else f"failed with status {process.returncode}"
     seconds = round(time.monotonic() - start, 1)
@@ -143,13 +154,8 @@ def _tests(results: Path, deadline: float) -> dict[str, Any]:
     log, start = results.with_suffix(".tests.log"), time.monotonic()
     with tempfile.TemporaryDirectory() as folder, log.open("w") as output:
         counts = Path(folder) / "junit.xml"
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *_GPU_TESTS, "-q", f"--junitxml={counts}"],
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        command = [sys.executable, "-m", "pytest", *_GPU_TESTS, "-q", f"--junitxml={counts}"]
+        process = _start(command, output)
         in_time = _finish(process, deadline)
         found = _counted(counts)
     outcomes = {0: "passed", 1: FAILED, 5: "no test is marked gpu"}
@@ -170,14 +176,8 @@ def _sanitized(check: str, results: Path, deadline: float) -> dict[str, Any]:
         return {"status": "tool unavailable", "launches": 0, "seconds": 0.0}
     command = [tool, "--tool", check, "--error-exitcode", "9"]
     with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, sys.executable, "-m", "bench.sanitized"],
-            cwd=ROOT,
-            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        command += [sys.executable, "-m", "bench.sanitized"]
+        process = _start(command, output, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         in_time = _finish(process, deadline)
     outcomes = {0: "clean", 9: "errors found"}
     status = outcomes.get(process.returncode, f"ended with status {process.returncode}")

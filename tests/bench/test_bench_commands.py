@@ -185,7 +185,7 @@ def test_a_failing_build_and_a_hanging_suite_are_told(tmp_path, monkeypatch):
         "import time\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): time.sleep(600)\n"
     )
     monkeypatch.setattr(gpu, "_GPU_TESTS", ("-c", os.devnull, "-p", "no:randomly", str(tests)))
-    found = gpu._tests(tmp_path / "x.json", time.monotonic() + 12)
+    found = gpu._tests(tmp_path / "x.json", time.monotonic() + 8)
     assert found["status"] == "stopped by the budget"
     assert (found["passed"], found["failed"]) == (1, 1)
 
