@@ -33,7 +33,10 @@ def _fused_packed(qkv, **options):
 
 
 def _cond(problem: Problem, tensors, douts):
-    """out: P |v|. dq: scale (P (|dP| + |delta|)) |k|, and alike."""
+    """out: P |v|, and P |scale| |q||k| |v - out| of fp32 at least: what rounding a logit's own
+    terms does to it. With scores of 1e4 and few different rows peers may be exact, by luck.
+    dq: scale (P (|dP| + |delta|)) |k|, and alike.
+    """
     packed = "qkv" in tensors
     q, k, v = tensors["qkv"].unbind(2) if packed else (tensors[n] for n in "qkv")
     key_mask, gate = tensors["key_mask"], tensors["head_gate"]
@@ -59,9 +62,23 @@ def _cond(problem: Problem, tensors, douts):
     dgate = (dout.abs() * raw).sum(dim=(1, 3))
     if gate is not None and gate.dim() == 1:
         dgate = dgate.sum(dim=0)
-    conds = {"out": raw * g, "dq": dq, "dk": dk, "dv": dv, "dhead_gate": dgate}
+    work = problem.tensors["qkv" if packed else "q"].dtype
+    wide = torch.finfo(torch.promote_types(work, torch.float32)).eps / torch.finfo(work).eps
+    out = (raw + wide * _of_logits(p, q, k, v, scale)) * g
+    conds = {"out": out, "dq": dq, "dk": dk, "dv": dv, "dhead_gate": dgate}
     conds["dqkv"] = torch.stack([dq, dk, dv], dim=2) if packed else None
     return conds
+
+
+def _of_logits(p, q, k, v, scale):
+    """P |scale| |q||k| |v - out|, (B, Lq, H, D); a query at a time, for it is a sum over (m, d)."""
+    weight = p * torch.einsum("blhd,bmhd->bhlm", q.abs(), k.abs()) * abs(scale)
+    out, values = torch.einsum("bhlm,bmhd->bhld", p, v), v.transpose(1, 2)
+    rows = [
+        torch.einsum("bhm,bhmd->bhd", weight[:, :, i], (values - out[:, :, i : i + 1]).abs())
+        for i in range(out.shape[2])
+    ]
+    return torch.stack(rows, dim=1) if rows else out.transpose(1, 2)
 
 
 def _regime_values(draw: Draw, regime: str, q_shape, k_shape, dtype):
