@@ -368,6 +368,37 @@ def test_what_is_no_broken_sample_is_not_swallowed(workers):
         list(loader(Faulty(20), workers=workers).epoch(0))
 
 
+def test_a_worker_that_dies_while_it_hands_a_batch_over(monkeypatch):
+    """Its connection breaks before torch, told by SIGCHLD or a look every few seconds, knows."""
+    handlers = []
+
+    def broken(*_):
+        handlers.append(signal.signal(signal.SIGCHLD, signal.SIG_DFL))
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        raise ConnectionResetError("by peer")
+
+    batches = loader(Numbers(20), workers=2).epoch(0)
+    next(batches)  # the workers are there, and keep the function as it was
+    monkeypatch.setattr(torch.multiprocessing.reductions, "rebuild_storage_fd", broken)
+    try:
+        with pytest.raises(RuntimeError, match=r"\(pid \d+\) died with exit code -9") as caught:
+            list(batches)
+    finally:
+        signal.signal(signal.SIGCHLD, handlers[0])
+    assert isinstance(caught.value.__cause__, ConnectionResetError)
+
+
+def test_a_broken_connection_of_living_workers_stays_what_it_is(monkeypatch):
+    def broken(*_):
+        raise ConnectionResetError("by peer")
+
+    batches = loader(Numbers(20), workers=2).epoch(0)
+    next(batches)
+    monkeypatch.setattr(torch.multiprocessing.reductions, "rebuild_storage_fd", broken)
+    with pytest.raises(ConnectionResetError, match="by peer"):
+        list(batches)
+
+
 def test_workers_of_a_process_of_their_own(tmp_path):
     """They warn of nothing (tokenizers does, forked after it used its threads, unless it is told),
     and one that dies is an error, not a wait."""

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from weakref import WeakSet
 
@@ -134,6 +135,9 @@ class Loader:
             batches = iter(loaded)
         try:
             yield from batches
+        except (OSError, EOFError) as error:
+            _name_the_dead(workers, error)
+            raise
         finally:
             # Not left to the iterator's end, which a traceback may put off.
             if workers:
@@ -194,6 +198,18 @@ def _children() -> Iterator[list[BaseProcess]]:
         else:
             os.environ[_PARALLEL] = parallel
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+
+
+def _name_the_dead(workers: Sequence[BaseProcess], error: Exception) -> None:
+    """Raise for a worker that died while it handed a batch over: of that the main process sees a
+    broken connection only, and sees it before torch has looked after its workers."""
+    gone = connection.wait([worker.sentinel for worker in workers], timeout=1)
+    for worker in workers:
+        if worker.sentinel in gone:
+            worker.join()
+            raise RuntimeError(
+                f"DataLoader worker (pid {worker.pid}) died with exit code {worker.exitcode}"
+            ) from error
 
 
 def _kill(workers: Iterable[BaseProcess]) -> None:
