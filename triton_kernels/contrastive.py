@@ -43,7 +43,7 @@ TILES = {
     ("grads", 16, False): Tile(128, 64, 64, 8, 3),
     ("grads", 16, True): Tile(64, 64, 64, 8, 3),
     ("grads", 32, False): Tile(64, 64, 32, 4, 3),
-    ("grads", 32, True): Tile(64, 32, 32, 4, 3),
+    ("grads", 32, True): Tile(64, 32, 32, 8, 3),
 }
 
 
