@@ -146,6 +146,8 @@ def wrong_calls_raise_everywhere(rank: int, world: int, group) -> None:
     with raises(ValueError, "all ranks must pass one dtype of text"):
         odd = x.double() if rank else x
         ops.contrastive_loss(odd, odd, 3.0, group=group)
+    with raises(ValueError, "all ranks must pass one dtype of the logits"):
+        ops.contrastive_loss(x.double() if rank else x, x, 3.0, group=group)
     with raises(ValueError, "every rank takes part in backward"):
         ops.contrastive_loss(x, x.clone().requires_grad_(rank == 0), 3.0, group=group)
     alone = dist.new_group([0])

@@ -12,6 +12,7 @@ from tests.support.samples import SAMPLES, leaves, total
 from tinyclip.ops import _contracts
 
 every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.__name__)
+LINEAR = ("fc2_bias", "bias")  # no gradient depends on them, if upstream none does
 every_backend = pytest.mark.parametrize("backend", ["torch", "reference"])
 
 
@@ -109,6 +110,53 @@ def test_double_backward_raises(sample, backend):
         for grad in grads:
             with pytest.raises(RuntimeError, match="double backward"):
                 grad.sum().backward(retain_graph=True)
+
+
+@every_sample
+@every_backend
+@pytest.mark.parametrize("upstream", ["constant", "of the output"])
+def test_a_gradient_penalty_raises(sample, backend, upstream):
+    """Also where the engine is told which inputs it is for, and looks for paths to them alone."""
+    op, tensors, options = sample()
+    with tinyclip.backend(backend):
+        inputs = leaves(tensors)
+        loss = total(op(**inputs, **options))
+        loss = loss if upstream == "constant" else loss.square()
+        wanted = list(inputs.values())
+        grads = torch.autograd.grad(loss, wanted, create_graph=True)
+        for name, x in inputs.items():
+            penalised = loss + sum(grad.square().sum() for grad in grads)
+            for call in (
+                lambda p=penalised, x=x: torch.autograd.grad(p, x, retain_graph=True),
+                lambda p=penalised, x=x: p.backward(inputs=[x], retain_graph=True),
+            ):
+                if upstream == "constant" and name in LINEAR:
+                    continue  # no gradient depends on it
+                with pytest.raises(RuntimeError, match="double backward"):
+                    call()
+
+
+@every_sample
+@every_backend
+def test_one_tensor_given_twice_compiles(sample, backend):
+    op, tensors, options = sample()
+    names = [n for n, x in tensors.items() if x is not None and x.is_floating_point()]
+    pairs = [
+        (a, b)
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+        if tensors[a].shape == tensors[b].shape and tensors[a].dtype == tensors[b].dtype
+    ]
+    assert pairs or op.__name__ == "attention_qkv"
+    for a, b in pairs:
+        found = []
+        for function in (op, torch.compile(op, fullgraph=True, backend="aot_eager")):
+            inputs = leaves(tensors)
+            inputs[b] = inputs[a]
+            with tinyclip.backend(backend):
+                total(function(**inputs, **options)).backward()
+            found.append([x.grad for x in inputs.values()])
+        torch.testing.assert_close(found[1], found[0])
 
 
 @every_sample

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinyclip.ops import _ranks
-from tinyclip.ops._autograd import first_order
+from tinyclip.ops._autograd import applied, first_order
 from tinyclip.ops._contracts import implementation, without_autocast
 from tinyclip.ops._cross_entropy import cross_entropy
 
@@ -29,8 +29,8 @@ def loss(backend: str) -> Callable[..., Tensor]:
             tensor.requires_grad for tensor in (image, text, scale)
         )
         if differentiable and image.shape[0] ** 2 <= _KEPT_LOGITS.get(backend, 0):
-            return _WholeFunction.apply(*problem, backend)
-        return _TwoPassFunction.apply(*problem, backend)
+            return applied(_WholeFunction, *problem, backend)
+        return applied(_TwoPassFunction, *problem, backend)
 
     return run
 
@@ -59,7 +59,7 @@ class _TwoPassFunction(torch.autograd.Function):
             *(t_image, t_text, t_scale, 0, needs),
         )
         gradients = (g if need else None for g, need in zip(gradients, needs, strict=True))
-        return first_order(*gradients, None, None, None, None, None)
+        return first_order((*gradients, *[None] * 5), dloss, image, text, scale)
 
 
 class _WholeFunction(torch.autograd.Function):
@@ -74,8 +74,9 @@ class _WholeFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):
-        dimage, dtext, dscale = without_autocast(_carry, (*ctx.saved_tensors, dloss, ctx))
-        return first_order(dimage, dtext, dscale, None, None, None, None, None)
+        saved = ctx.saved_tensors
+        gradients = without_autocast(_carry, (*saved, dloss, ctx))
+        return first_order((*gradients, *[None] * 5), dloss, *saved)
 
 
 def _carry(image, text, scale, ds, dscale, dloss, ctx):

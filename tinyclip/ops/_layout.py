@@ -1,5 +1,7 @@
 """Memory layouts that every backend accepts: rows whose elements are adjacent."""
 
+import math
+
 from torch import Tensor
 
 
@@ -10,4 +12,4 @@ def unit_stride(x: Tensor) -> Tensor:
 
 def as_rows(x: Tensor) -> Tensor:
     """(..., C) as (rows, C) of unit stride: a view where the strides allow one."""
-    return unit_stride(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
+    return unit_stride(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))

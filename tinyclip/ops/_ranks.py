@@ -39,7 +39,7 @@ def contrastive_loss(image, text, scale, t_image, t_text, t_scale, alpha, group,
     once DDP has averaged over the ranks, those of all parameters are one process's."""
     tensors = (image, text, scale)
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
-    counts, share_dtext = _agree(image, text, t_image, t_text, alpha, needs, group)
+    counts, share_dtext = _agree(text, scale.dtype, t_text, alpha, needs, group)
     problem = (image, text, scale, t_image, t_text, t_scale, alpha)
     return _RanksFunction.apply(*problem, group, backend, counts, share_dtext)
 
@@ -47,19 +47,21 @@ def contrastive_loss(image, text, scale, t_image, t_text, t_scale, alpha, group,
 _FIELDS = (
     "width D",
     "dtype of text",
+    "dtype of the logits, fp64 where image or text is",
     "width of the teacher",
     "dtype of teacher.text",
     "alpha",
 )
 
 
-def _agree(image, text, t_image, t_text, alpha, needs, group) -> tuple[list[int], bool]:
+def _agree(text, work, t_text, alpha, needs, group) -> tuple[list[int], bool]:
     """Rows of every rank, and whether any needs dtext. Raises on all ranks or on none: a problem on
     which they differ would leave some of them waiting for the others."""
     (alpha_bits,) = struct.unpack("<q", struct.pack("<d", alpha))
     teacher = (-1, -1) if t_text is None else (t_text.shape[1], FLOATS.index(t_text.dtype))
-    told = [text.shape[0], needs[1], any(needs), text.shape[1], FLOATS.index(text.dtype)]
-    mine = torch.tensor([*told, *teacher, alpha_bits], device=text.device)
+    told = [text.shape[0], needs[1], any(needs), text.shape[1]]
+    dtypes = [FLOATS.index(dtype) for dtype in (text.dtype, work)]
+    mine = torch.tensor([*told, *dtypes, *teacher, alpha_bits], device=text.device)
     everyone = mine.new_empty(dist.get_world_size(group) * mine.numel())
     dist.all_gather_into_tensor(everyone, mine, group=group)
     everyone = everyone.view(-1, mine.numel()).tolist()
@@ -145,23 +147,25 @@ class _RanksFunction(torch.autograd.Function):
         value = cross_entropy(rows, positive, alpha).sum(dtype=torch.float64)
         value = value + cross_entropy(own, positive, alpha).sum(dtype=torch.float64)
         dist.all_reduce(value, op=dist.ReduceOp.SUM, group=group)
-        ctx.save_for_backward(image, all_text, scale, t_image, all_t_text, t_scale, rows, cols)
+        its = (t_image, all_t_text, t_scale)
+        ctx.save_for_backward(image, text, all_text, scale, *its, rows, cols)
         ctx.alpha, ctx.group, ctx.backend = alpha, group, backend
         ctx.counts, ctx.rank, ctx.offset, ctx.total = counts, rank, offset, total
         return (0.5 / total * value).to(scale.dtype)
 
     @staticmethod
     def backward(ctx, dloss):
-        image, all_text, scale, t_image, all_t_text, t_scale, rows, cols = ctx.saved_tensors
+        image, text, all_text, scale, *its, rows, cols = ctx.saved_tensors
         weight = dloss * (0.5 * len(ctx.counts) / ctx.total)
         needs = list(ctx.needs_input_grad[:3])
         grads = implementation("contrastive_grads", ctx.backend)
         dimage, dtext, dscale = grads(
             *(image, all_text, scale, rows, cols, weight, weight, ctx.alpha),
-            *(t_image, all_t_text, t_scale, ctx.offset, [needs[0], ctx.share_dtext, needs[2]]),
+            *(*its, ctx.offset, [needs[0], ctx.share_dtext, needs[2]]),
         )
         if ctx.share_dtext:
             dtext = _scatter_sum(dtext, ctx.counts, ctx.rank, scale.dtype, ctx.group)
             dtext = dtext.to(all_text.dtype)
         gradients = zip((dimage, dtext, dscale), needs, strict=True)
-        return first_order(*(g if need else None for g, need in gradients), *[None] * 8)
+        gradients = (g if need else None for g, need in gradients)
+        return first_order((*gradients, *[None] * 8), dloss, image, text, scale)

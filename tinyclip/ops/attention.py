@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tinyclip.ops import _checks, _torch
 from tinyclip.ops._autocast import like_linear
-from tinyclip.ops._autograd import barrier, first_order
+from tinyclip.ops._autograd import applied, barrier, first_order
 from tinyclip.ops._contracts import implementation
 from tinyclip.ops._dispatch import (
     Candidate,
@@ -193,7 +193,8 @@ class _AttentionFunction(torch.autograd.Function):
             unit_stride(dout), *saved, key_mask, head_gate, ctx.causal, ctx.scale, needs
         )
         dq, dk, dv, dgate = (g if need else None for g, need in zip(gradients, needs, strict=True))
-        return first_order(dq, dk, dv, None, dgate, None, None, None)
+        gradients = (dq, dk, dv, None, dgate, None, None, None)
+        return first_order(gradients, dout, *saved, head_gate)
 
 
 class _AttentionQKVFunction(torch.autograd.Function):
@@ -217,7 +218,8 @@ class _AttentionQKVFunction(torch.autograd.Function):
             unit_stride(dout), *saved, key_mask, head_gate, ctx.causal, ctx.scale, needs
         )
         dqkv, dgate = (g if need else None for g, need in zip(gradients, needs, strict=True))
-        return first_order(dqkv, None, dgate, None, None, None)
+        gradients = (dqkv, None, dgate, None, None, None)
+        return first_order(gradients, dout, *saved, head_gate)
 
 
 def _run_torch(q, k, v, key_mask, head_gate, causal, scale):
@@ -232,7 +234,7 @@ def _run_torch_qkv(qkv, key_mask, head_gate, causal, scale):
 
 def _through(function, backend):
     """A candidate's `run`: the problem through an autograd.Function, on one backend."""
-    return lambda *problem: function.apply(*problem, backend)
+    return lambda *problem: applied(function, *problem, backend)
 
 
 def _example(device):

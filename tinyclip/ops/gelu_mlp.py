@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tinyclip.ops import _checks
 from tinyclip.ops._autocast import autocast_dtype, like_linear
-from tinyclip.ops._autograd import first_order
+from tinyclip.ops._autograd import applied, first_order
 from tinyclip.ops._contracts import implementation
 from tinyclip.ops._dispatch import Candidate, Cannot, Op, always, make_spec, register, select
 from tinyclip.ops._layout import as_rows
@@ -109,18 +109,18 @@ class _GeluMLPFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, gate, activation, backend):
         y, pre = implementation("gelu_mlp_fwd", backend)(x, w1, b1, w2, b2, gate, activation)
-        ctx.save_for_backward(x, pre, w1, w2, gate)
+        ctx.save_for_backward(x, pre, w1, b1, w2, gate)
         ctx.activation, ctx.backend = activation, backend
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, pre, w1, w2, gate = ctx.saved_tensors
+        x, pre, w1, b1, w2, gate = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:6])
         backward = implementation("gelu_mlp_bwd", ctx.backend)
         gradients = backward(dy.contiguous(), x, pre, w1, w2, gate, ctx.activation, needs)
         gradients = (g if need else None for g, need in zip(gradients, needs, strict=True))
-        return first_order(*gradients, None, None)
+        return first_order((*gradients, None, None), dy, x, w1, b1, w2, gate)
 
 
 def _triton_why_not(spec):
@@ -128,7 +128,7 @@ def _triton_why_not(spec):
 
 
 def _through(backend):
-    return lambda *problem: _GeluMLPFunction.apply(*problem, backend)
+    return lambda *problem: applied(_GeluMLPFunction, *problem, backend)
 
 
 def _example(device):

@@ -3,12 +3,14 @@
 Letters: C channels.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from tinyclip.ops import _checks
 from tinyclip.ops._autocast import autocast_dtype
-from tinyclip.ops._autograd import first_order, once
+from tinyclip.ops._autograd import applied, first_order, once
 from tinyclip.ops._contracts import implementation
 from tinyclip.ops._dispatch import Candidate, Cannot, Op, always, make_spec, register, select
 from tinyclip.ops._layout import as_rows
@@ -82,7 +84,7 @@ def _prepare(x, weight, bias, *, eps=1e-5, residual=None, channel_mask=None):
         op,
         x,
         (x, weight, bias, residual),
-        {"rows": x.shape[:-1].numel(), "C": channels},
+        {"rows": math.prod(x.shape[:-1]), "C": channels},
         flags,
     )
     return spec, (x, residual, weight, bias, channel_mask, eps, out_dtype)
@@ -113,16 +115,13 @@ class _LayerNormFunction(torch.autograd.Function):
                 dy.contiguous(), dtotal, total, mean, rstd, weight, bias, channel_mask, needs
             )
         x_dtype, residual_dtype = ctx.dtypes
-        return first_order(
+        gradients = (
             gradient.to(x_dtype) if need_x and gradient is not None else None,
             gradient.to(residual_dtype) if need_residual and gradient is not None else None,
             dweight if need_weight else None,
             dbias if need_bias else None,
-            None,
-            None,
-            None,
-            None,
         )
+        return first_order((*gradients, *[None] * 4), dy, dtotal, total, weight)
 
 
 def _triton_why_not(spec):
@@ -136,7 +135,7 @@ def _triton_why_not(spec):
 def _through(backend):
     def run(x, residual, *rest):
         rows, added = as_rows(x), None if residual is None else as_rows(residual)
-        y, total = _LayerNormFunction.apply(rows, added, *rest, backend)
+        y, total = applied(_LayerNormFunction, rows, added, *rest, backend)
         return y.reshape(x.shape), None if residual is None else total.reshape(x.shape)
 
     return run
