@@ -314,7 +314,7 @@ def plan_stats(panel, rows, cols, positive, parts, first, tile: Tile) -> list[La
         **{"rows_ptr": parts.rows, "cols_ptr": parts.cols, "positive_ptr": positive},
         **{"length_rows": parts.rows.shape[2], "length_cols": parts.cols.shape[2]},
     }
-    launches = [Launch(_stats_kernel, down * across, arguments, tile.num_warps)]
+    launches = [Launch(_stats_kernel, down * across, arguments, tile.num_warps, fma=False)]
     sides = ((parts.rows, rows, across, first[0]), (parts.cols, cols, down, first[1]))
     for scratch, into, count, fresh in sides:
         arguments = {
@@ -335,7 +335,7 @@ def plan_grads(panel, rows, cols, weights, alpha, ds, dscale, tile: Tile) -> Lau
         **{"ds_ptr": ds, "dscale_ptr": dscale, "stride_ds": ds.stride(0), "alpha": float(alpha)},
         **{"stride_rows": rows.stride(0), "stride_cols": cols.stride(0)},
     }
-    return Launch(_grads_kernel, down * across, arguments, tile.num_warps)
+    return Launch(_grads_kernel, down * across, arguments, tile.num_warps, fma=False)
 
 
 def stats(panel, rows, cols, positive, parts, first) -> None:

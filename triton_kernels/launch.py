@@ -12,7 +12,8 @@ LOG2E = 1.4426950408889634
 class Launch(NamedTuple):
     """A kernel, its number of programs (grid axis 0), its arguments by name, and its warps.
 
-    `max_registers` of a thread, where more programs at once are worth more than they cost.
+    `max_registers` of a thread, where more programs at once are worth more than they cost. Without
+    `fma` a product is rounded before anything is added to it.
     """
 
     kernel: Any
@@ -20,11 +21,12 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     num_warps: int
     max_registers: int | None = None
+    fma: bool = True
 
     @property
     def options(self) -> dict[str, Any]:
         """What the compiler is told, at run time and ahead of time."""
-        options = {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "enable_fp_fusion": self.fma}
         return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
     def run(self, on: torch.Tensor) -> None:

@@ -13,6 +13,10 @@ struct Gpu {
   TC_DEVICE static Index block() { return blockIdx.x; }
   TC_DEVICE static void sync() { __syncthreads(); }
 
+  // A logit, rounded as a product: one fused with what is subtracted from it would be another
+  // number in pass 2 than in pass 1, and P - 1 of a confident pair lives of their difference.
+  TC_DEVICE static float times(float x, float y) { return __fmul_rn(x, y); }
+
   TC_DEVICE static float shuffle_xor(float value, int mask) {
     return __shfl_xor_sync(0xffffffff, value, mask);
   }

@@ -54,10 +54,9 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     status_ = cudaGetDevice(&before_);
-    if (status_ == cudaSuccess && before_ != device) {
-      status_ = cudaSetDevice(device);
-      changed_ = status_ == cudaSuccess;
-    }
+    // Set also where it is said to be current: torch has a runtime of its own that may differ.
+    if (status_ == cudaSuccess) status_ = cudaSetDevice(device);
+    changed_ = status_ == cudaSuccess && before_ != device;
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(before_);

@@ -177,8 +177,9 @@ struct TileProgram {
           const Index r = row + At::row(thread, i, e / 2);
           const Index c = column + At::column(thread, j, e % 2);
           const bool real = r < panel.height && c < panel.width;
-          s[i][j][e] = real ? scale * s[i][j][e] : Lowest<float>::value;
-          if (Teacher) t[i][j][e] = real ? t_scale * t[i][j][e] : Lowest<float>::value;
+          s[i][j][e] = real ? Machine::times(scale, s[i][j][e]) : Lowest<float>::value;
+          if (Teacher)
+            t[i][j][e] = real ? Machine::times(t_scale, t[i][j][e]) : Lowest<float>::value;
           if (real && r + panel.diagonal == c) args.positive[r] = s[i][j][e];
         }
     const auto row_of = [&](int r) { return At::row(thread, r / 2, r % 2); };
@@ -289,8 +290,8 @@ struct TileProgram {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const float cosine = s[i][j][2 * half + e];
-            const float logit = scale * cosine;
-            const float its = Teacher ? t_scale * t[i][j][2 * half + e] : 0;
+            const float logit = Machine::times(scale, cosine);
+            const float its = Teacher ? Machine::times(t_scale, t[i][j][2 * half + e]) : 0;
             const Index r_panel = row + r, c_panel = column + c + e;
             ds[e] = away<Teacher>(of_row[i][half], logit, its, exp) +
                     away<Teacher>(of_column[e], logit, its, exp);

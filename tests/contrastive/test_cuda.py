@@ -217,6 +217,16 @@ def test_memory_is_what_is_promised():
                 assert 1e7 < found <= most, (dtype, dt, m, found)
 
 
+def test_a_logit_is_a_product_of_its_own():
+    """Not half of an fma, which only a GPU's compiler would make of it: then s - m, at a positive
+    that is the maximum, would be what rounding s took, and not 0."""
+    tile = (ROOT / "csrc" / "contrastive" / "cuda_tile.h").read_text()
+    assert tile.count("Machine::times(") == 4
+    assert not re.search(r"scale \*|\* (t_)?scale", tile)
+    machine = (ROOT / "csrc" / "contrastive" / "cuda_isa.h").read_text()
+    assert "times(float x, float y) { return __fmul_rn(x, y); }" in machine
+
+
 def test_a_device_is_named_in_the_sources():
     """Every launch of csrc goes through the one that sets the device and reads the error."""
     for path in (ROOT / "csrc").rglob("*.cu"):

@@ -54,8 +54,8 @@ MUTANTS = (
     Mutant(
         "padding counts",
         TILE,
-        "real ? scale * s[i][j][e] : Lowest<float>::value",
-        "scale * s[i][j][e]",
+        "real ? Machine::times(scale, s[i][j][e]) : Lowest<float>::value",
+        "Machine::times(scale, s[i][j][e])",
         KERNELS,
     ),
     Mutant(

@@ -129,6 +129,27 @@ def test_the_rule(_plain):
     tally.verdict()
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_does_not_matter(default, _plain):
+    """Sums are in fp32, whatever a library has set while it loads a model."""
+    _plain(True)
+    a, b = (torch.randn(200, 16).to(torch.float16) for _ in range(2))
+
+    def gradients():
+        image, text = a.clone().requires_grad_(), b.clone().requires_grad_()
+        with tinyclip.backend("cpu"):
+            tinyclip.ops.contrastive_loss(image, text, 0.5).backward()
+        return image.grad, text.grad
+
+    plain = gradients()
+    torch.set_default_dtype(default)
+    try:
+        found = gradients()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, plain))
+
+
 @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_weights_of_any_size(dtype, magnitude, _plain):

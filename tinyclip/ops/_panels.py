@@ -88,7 +88,8 @@ class GradsMemory(NamedTuple):
         tiles = (height // tile[0]) * (width // tile[1])
 
         def sums(x, rows, needed):
-            return torch.empty(rows, x.shape[1], device=x.device) if needed else None
+            size = (rows, x.shape[1])
+            return torch.empty(size, device=x.device, dtype=torch.float32) if needed else None
 
         rows = min(a.shape[0], side)
         return cls(
