@@ -43,11 +43,13 @@ def _load_queries(
     q = load_rows(q_base, start_m, stride_q, in_rows, D, BLOCK_D)
     do = load_rows(do_base, start_m, stride_do, in_rows, D, BLOCK_D)
     o = load_rows(o_base, start_m, stride_o, in_rows, D, BLOCK_D)
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
     m = tl.load(stats_base + offs_m, mask=in_rows, other=0.0)
     l = tl.load(stats_base + stride_stats + offs_m, mask=in_rows, other=0.0)  # noqa: E741
-    # Beyond the rows, and for a query that saw no key, the sum is 0 and so is every probability.
+    # Beyond the rows, and for a query that saw no key, the sum is 0 and so is every probability;
+    # what such a query and its gradient hold, a NaN perhaps, must not meet that 0.
     saw = l != 0.0
+    q, do = tl.where(saw[:, None], q, 0.0), tl.where(saw[:, None], do, 0.0)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
     return q, do, tl.where(saw, m, 0.0), tl.where(saw, 1.0 / tl.where(saw, l, 1.0), 0.0), delta
 
 
@@ -124,9 +126,11 @@ def _own_keys(
             D, TAIL_M, BLOCK_D, CAUSAL, NEED_K, NEED_V, NEGATE, PRECISION,
         )  # fmt: skip
     if NEED_K:
-        store_rows(dk_base, start_n, stride_dk, offs_n < Lk, dk * scale, D, BLOCK_D)
+        dk = tl.where(keep[:, None], dk * scale, 0.0)
+        store_rows(dk_base, start_n, stride_dk, offs_n < Lk, dk, D, BLOCK_D)
     if NEED_V:
-        store_rows(dv_base, start_n, stride_dv, offs_n < Lk, dv * gate, D, BLOCK_D)
+        dv = tl.where(keep[:, None], dv * gate, 0.0)
+        store_rows(dv_base, start_n, stride_dv, offs_n < Lk, dv, D, BLOCK_D)
 
 
 @triton.jit
@@ -220,13 +224,15 @@ def _own_head(
     )  # fmt: skip
     if NEED_V:
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
-        store_rows(dv_base, 0, stride_dv, offs_n < Lk, dv * gate, D, BLOCK_D)
+        dv = tl.where(keep[:, None], dv * gate, 0.0)
+        store_rows(dv_base, 0, stride_dv, offs_n < Lk, dv, D, BLOCK_D)
     if NEED_GATE:
         tl.store(dgate_pointer, tl.sum(tl.sum(p * dp, axis=1), axis=0))
     ds = ds.to(q.dtype)
     if NEED_K:
         dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
-        store_rows(dk_base, 0, stride_dk, offs_n < Lk, dk * scale, D, BLOCK_D)
+        dk = tl.where(keep[:, None], dk * scale, 0.0)
+        store_rows(dk_base, 0, stride_dk, offs_n < Lk, dk, D, BLOCK_D)
     if NEED_Q:
         dq = tl.dot(ds, k, input_precision=PRECISION)
         store_rows(dq_base, 0, stride_dq, offs_m < Lq, dq * scale, D, BLOCK_D)

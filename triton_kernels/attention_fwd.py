@@ -175,8 +175,10 @@ def block_d(d: int) -> int:
 
 
 def near(x: torch.Tensor) -> torch.Tensor:
-    """x, copied if its rows lie so far apart that a tile of them leaves 32-bit offsets."""
-    return x if x.stride(1) < 2**31 // 256 else x.contiguous()
+    """x, copied if its rows lie so far apart that a tile of them leaves 32-bit offsets, or if the
+    elements of one are not adjacent."""
+    adjacent = x.shape[3] == 1 or x.stride(3) == 1
+    return x if adjacent and x.stride(1) < 2**31 // 256 else x.contiguous()
 
 
 def tensor_arguments(**tensors) -> dict:

@@ -25,6 +25,10 @@ AUTOTUNE = os.environ.get("TINYCLIP_AUTOTUNE") == "1"
 _LENGTHS = (64, 80, 128, 208, 272, 592, 1024)  # buckets that CLIP's 50, 77, 197, 257, 577 fall in
 
 
+# What a tile is answered with that this chip has no room for, or this compiler no way to make.
+_REFUSED = ("out of resource", "PassManager::run failed")
+
+
 class Tile(NamedTuple):
     """Tile of queries, tile of keys, warps a program, stages of the software pipeline."""
 
@@ -136,12 +140,14 @@ def choose(key: Any, milliseconds: Callable[[Any], float]) -> Any:
         _load()
     name = "-".join(str(value) for value in (key.op, *key.bucket()))
     if len(_measured.get(name, ())) != len(key.choice._fields):
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return shipped(key)  # nothing can be timed inside a CUDA graph
         timed = {}
         for choice in candidates(key):
             try:
                 timed[choice] = milliseconds(choice)
             except RuntimeError as error:
-                if "out of resource" not in str(error):  # a tile this chip has no room for
+                if not any(text in str(error) for text in _REFUSED):
                     raise
         _measured[name] = list(min(timed, key=timed.get))
         _keep()

@@ -92,22 +92,56 @@ def test_contrastive_passes_of_nothing(backend, m, n, d):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_query_that_sees_no_key(backend, causal, dtype):
-    q, k, v = (torch.randn(3, 6, 2, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    """Whatever it holds, and whatever comes back to it."""
+    q, k, v = (torch.randn(3, 6, 2, 8, dtype=dtype) for _ in range(3))
     mask = torch.ones(3, 6, dtype=torch.bool)
     mask[0] = False  # a whole batch entry
     mask[1, :2] = False  # under causal, the first two queries
-    with tinyclip.backend(backend):
-        out = ops.attention(q, k, v, causal=causal, key_mask=mask)
-    dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
     blind = torch.zeros(3, 6, dtype=torch.bool)
     blind[0] = True
     blind[1, :2] = causal
+    dout = torch.randn_like(q)
+    q[blind], dout[blind] = NAN, math.inf
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    with tinyclip.backend(backend):
+        out = ops.attention(q, k, v, causal=causal, key_mask=mask)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
     assert (out[blind] == 0).all()
     assert (dq[blind] == 0).all()
     assert (dk[~mask] == 0).all()
     assert (dv[~mask] == 0).all()
     assert all(x.isfinite().all() for x in (out, dq, dk, dv))
     assert (out[~blind] != 0).any()
+
+
+@every_backend
+def test_no_heads(backend):
+    q, gate = torch.randn(2, 5, 0, 8), torch.randn(2, 0, requires_grad=True)
+    with tinyclip.backend(backend):
+        out = ops.attention(q, q, q, head_gate=gate)
+    assert out.shape == q.shape
+    assert grads(out, gate)[0].shape == gate.shape
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_gate_is_no_less_precise_than_the_problem(backend):
+    """fp64 with a gate that is not: where a factor is folded into it, it is at fp64, too."""
+    x, w1, w2 = (torch.randn(4, 4, dtype=torch.float64) for _ in range(3))
+    gate = torch.randn(4)
+    with tinyclip.backend(backend):
+        y = ops.gelu_mlp(x, w1, None, w2, None, activation="quick_gelu", hidden_gate=gate)
+    truth = (activation("quick_gelu", x @ w1.T) * gate) @ w2.T
+    torch.testing.assert_close(y, truth, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast_leaves_an_fp64_problem_alone(backend):
+    """Its parameters too: bf16 on the way to fp64 would be an error of 1e-3."""
+    x, w1, w2 = torch.randn(4, 4, dtype=torch.float64), torch.randn(4, 4), torch.randn(4, 4)
+    with tinyclip.backend(backend):
+        y = ops.gelu_mlp(x, w1, None, w2, None)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(ops.gelu_mlp(x, w1, None, w2, None), y)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -147,9 +181,10 @@ def test_masked_channels_do_not_leak(backend):
     mask = torch.tensor([True, False, True, True, False, True])
     results = []
     for value in (0.0, NAN):
-        planted = x.clone()
-        planted[:, ~mask] = value
-        inputs = [planted.requires_grad_(), w.clone().requires_grad_(), b.clone().requires_grad_()]
+        inputs = [x.clone(), w.clone(), b.clone()]
+        for planted in inputs:
+            planted[..., ~mask] = value
+            planted.requires_grad_()
         with tinyclip.backend(backend):
             y = ops.layer_norm(*inputs, channel_mask=mask)
         results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
@@ -196,6 +231,7 @@ def test_integers_are_exact(backend, dtype):
 def test_activation_extremes(kind, dtype, backend):
     tiny = torch.finfo(dtype).smallest_normal / 4
     values = [20.0, -20.0, 0.0, -0.0, tiny, -tiny, 1e-3, -1e-3, 5.0, -5.0]
+    values += [4e4, -4e4] if kind != "gelu_tanh" else []  # whose cube is written out in reference
     x = torch.tensor(values, dtype=dtype)[:, None].requires_grad_()
     one = torch.ones(1, 1, dtype=dtype)
     with tinyclip.backend(backend):

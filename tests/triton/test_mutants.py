@@ -69,14 +69,14 @@ MUTANTS = (
     mutant(
         "scale missing in dK",
         BACKWARD,
-        "store_rows(dk_base, start_n, stride_dk, offs_n < Lk, dk * scale, D, BLOCK_D)",
-        "store_rows(dk_base, start_n, stride_dk, offs_n < Lk, dk, D, BLOCK_D)",
+        "dk * scale, 0.0)\n        store_rows(dk_base, start_n",
+        "dk, 0.0)\n        store_rows(dk_base, start_n",
     ),
     mutant(
         "gate missing in dV",
         BACKWARD,
-        "store_rows(dv_base, start_n, stride_dv, offs_n < Lk, dv * gate, D, BLOCK_D)",
-        "store_rows(dv_base, start_n, stride_dv, offs_n < Lk, dv, D, BLOCK_D)",
+        "dv * gate, 0.0)\n        store_rows(dv_base, start_n",
+        "dv, 0.0)\n        store_rows(dv_base, start_n",
     ),
     mutant(
         "gate's gradient of the last tile only",
@@ -89,6 +89,18 @@ MUTANTS = (
         BACKWARD,
         "first = start_n // BLOCK_M if CAUSAL else 0",
         "first = start_n // BLOCK_M + 1 if CAUSAL else 0",
+    ),
+    mutant(
+        "NaN of a query that sees no key",
+        BACKWARD,
+        "tl.where(saw[:, None], q, 0.0), tl.where(saw[:, None], do, 0.0)",
+        "q, tl.where(saw[:, None], do, 0.0)",
+    ),
+    mutant(
+        "overflow in the gradient of a query that sees no key",
+        BACKWARD,
+        "tl.where(saw[:, None], q, 0.0), tl.where(saw[:, None], do, 0.0)",
+        "tl.where(saw[:, None], q, 0.0), do",
     ),
 )
 

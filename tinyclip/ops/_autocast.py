@@ -13,10 +13,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def like_linear(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast as autocast casts the inputs of F.linear: every float tensor but fp64."""
+    """Cast as autocast casts the inputs of F.linear: every float tensor but fp64. Where the first
+    is fp64 it stays the dtype of all, and none is rounded on the way."""
     leading = next(tensor for tensor in tensors if tensor is not None)
     dtype = autocast_dtype(leading.device)
-    if dtype is None:
+    if dtype is None or leading.dtype == torch.float64:
         return tensors
     return tuple(
         tensor.to(dtype) if tensor is not None and tensor.dtype != torch.float64 else tensor

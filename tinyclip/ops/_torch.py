@@ -53,6 +53,7 @@ def attention(q, k, v, key_mask, head_gate, causal, scale):
         # everywhere, and drop what it saw, which also cuts its gradients.
         sees_nothing = ~mask.any(dim=-1, keepdim=True)
         mask = mask | sees_nothing
+        q = q.masked_fill(sees_nothing.transpose(1, 2), 0)  # 0 * NaN again, in dk
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -91,21 +92,31 @@ def _pre_activation(kind: str, x: Tensor, w1: Tensor, b1: Tensor | None) -> Tens
     return torch.addmm(b1, x, w1.T, beta=_QUICK, alpha=_QUICK)
 
 
-def _activation(kind: str, pre: Tensor) -> tuple[Tensor, Tensor, float]:
-    """What activation and slope are taken of, the activation, and a factor that is still to come.
+def _activation(kind: str, pre: Tensor) -> tuple[Tensor, float]:
+    """The activation, and a factor that is still to come.
 
     The factors of QuickGELU go where they are cheap: into products, a gate, a gradient of weights.
     """
     if kind in _GELU_APPROXIMATE:
-        return pre, F.gelu(pre, approximate=_GELU_APPROXIMATE[kind]), 1.0
+        return F.gelu(pre, approximate=_GELU_APPROXIMATE[kind]), 1.0
     if kind == "quick_gelu":
-        at = pre * _QUICK if pre.dtype == torch.float16 else pre
-        return at, F.silu(at), 1 / _QUICK
-    return pre, F.relu(pre), 1.0
+        if pre.dtype == torch.float16:
+            return _cast(_quick_fp16(pre)[0], pre.dtype), 1.0
+        return F.silu(pre), 1 / _QUICK
+    return F.relu(pre), 1.0
+
+
+def _quick_fp16(x: Tensor) -> tuple[Tensor, Tensor]:
+    """QuickGELU and its slope in fp32, of an fp16 x: 1.702 of that could overflow."""
+    x = x.float()
+    s = torch.sigmoid(_QUICK * x)
+    return x * s, s + _QUICK * x * s * (1 - s)
 
 
 def _activation_bwd(kind: str, dout: Tensor, x: Tensor) -> Tensor:
-    """The gradient, of x as `_activation` gives it, in dout's place: fresh pages cost a CPU."""
+    """The gradient but for the factor, in dout's place: fresh pages cost a CPU."""
+    if kind == "quick_gelu" and x.dtype == torch.float16:
+        return _cast(dout.float() * _quick_fp16(x)[1], x.dtype)
     aten = torch.ops.aten
     if kind in _GELU_APPROXIMATE:
         plain, in_place = aten.gelu_backward, aten.gelu_backward.grad_input
@@ -121,19 +132,20 @@ def _activation_bwd(kind: str, dout: Tensor, x: Tensor) -> Tensor:
     return in_place(*arguments, **options, grad_input=dout)
 
 
-def _gate(gate: Tensor, factor: float) -> Tensor:
-    """The gate with the factor in it, which is no reason to round it to 16 bit again."""
+def _gate(gate: Tensor, factor: float, x: Tensor) -> Tensor:
+    """The gate with the factor in it, which is no reason to round it below fp32, or below x."""
     if factor == 1.0:
         return gate
-    return _cast(gate, torch.promote_types(gate.dtype, torch.float32)) * factor
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return _cast(gate, torch.promote_types(gate.dtype, wide)) * factor
 
 
 def gelu_mlp_fwd(x, w1, b1, w2, b2, gate, activation):
     """x (R, C) -> y (R, C_out), pre (R, F)."""
     pre = _pre_activation(activation, x, w1, b1)
-    _, hidden, factor = _activation(activation, pre)
+    hidden, factor = _activation(activation, pre)
     if gate is not None:
-        hidden, factor = _cast(hidden * _gate(gate, factor), x.dtype), 1.0
+        hidden, factor = _cast(hidden * _gate(gate, factor, x), x.dtype), 1.0
     return _times(hidden, w2, b2, factor), pre
 
 
@@ -141,13 +153,13 @@ def gelu_mlp_bwd(dy, x, pre, w1, w2, gate, activation, needs):
     """-> dx, dw1, db1, dw2, db2, dgate. The activation is computed again from `pre`."""
     need_x, need_w1, need_b1, need_w2, need_b2, need_gate = needs
     dx, dw1, db1, dw2, db2, dgate = (_skip(x) for _ in range(6))
-    at, hidden, factor = _activation(activation, pre)
+    hidden, factor = _activation(activation, pre)
     if need_b2:
         db2 = dy.sum(dim=0)
     if need_w2 and gate is None:
         dw2 = _times(dy.T, hidden.T, None, factor)
     elif need_w2:
-        dw2 = dy.T @ _cast(hidden * _gate(gate, factor), x.dtype)
+        dw2 = dy.T @ _cast(hidden * _gate(gate, factor, x), x.dtype)
     if need_x or need_w1 or need_b1 or need_gate:
         dhidden = dy @ w2
         if need_gate:
@@ -155,7 +167,7 @@ def gelu_mlp_bwd(dy, x, pre, w1, w2, gate, activation, needs):
             dgate = _cast((_cast(dhidden, acc) * hidden).sum(dim=0) * factor, gate.dtype)
         if gate is not None:
             dhidden = _cast(dhidden * gate, x.dtype)
-        dpre = _activation_bwd(activation, dhidden, at)
+        dpre = _activation_bwd(activation, dhidden, pre)
         if need_x:
             dx = dpre @ w1
         if need_w1:

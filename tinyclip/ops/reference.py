@@ -44,9 +44,14 @@ def _scores_and_probabilities(q, k, key_mask, causal, scale) -> tuple[Tensor, Te
     return scores, probabilities.masked_fill(sees_nothing, 0)
 
 
+def _blind(q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool) -> Tensor:
+    """(B or 1, Lq, 1, 1), True where a query sees no key; what it and its gradient hold is void."""
+    return ~_visible(q, k, key_mask, causal).any(dim=-1).transpose(1, 2)[..., None]
+
+
 def _per_head(gate: Tensor) -> Tensor:
-    """(H,) or (B, H) as (B or 1, 1, H, 1), to multiply (B, L, H, D)."""
-    return gate.reshape(-1, 1, gate.shape[-1], 1)
+    """(H,) or (B, H) as (1, H, 1) or (B, 1, H, 1), to multiply (B, L, H, D)."""
+    return gate[..., None, :, None]
 
 
 def attention_fwd(q, k, v, key_mask, head_gate, causal, scale):
@@ -67,6 +72,8 @@ def attention_bwd(dout, q, k, v, out, stats, key_mask, head_gate, causal, scale,
     """-> dq, dk, dv, dhead_gate."""
     need_q, need_k, need_v, need_gate = needs
     k, v = _hide(k, key_mask), _hide(v, key_mask)
+    blind = _blind(q, k, key_mask, causal)
+    q, dout = q.masked_fill(blind, 0), dout.masked_fill(blind, 0)
     _, p = _scores_and_probabilities(q, k, key_mask, causal, scale)
     dq, dk, dv, dgate = (_skip(q) for _ in range(4))
     if need_gate:
@@ -76,7 +83,7 @@ def attention_bwd(dout, q, k, v, out, stats, key_mask, head_gate, causal, scale,
     if head_gate is not None:
         dout = (dout * _per_head(head_gate)).to(q.dtype)
     if need_v:
-        dv = torch.einsum("bhlm,blhd->bmhd", p, dout).contiguous()
+        dv = _hide(torch.einsum("bhlm,blhd->bmhd", p, dout), key_mask).contiguous()
     if need_q or need_k:
         dp = torch.einsum("blhd,bmhd->bhlm", dout, v)
         delta = (dp * p).sum(dim=-1, keepdim=True)
@@ -84,7 +91,7 @@ def attention_bwd(dout, q, k, v, out, stats, key_mask, head_gate, causal, scale,
         if need_q:
             dq = torch.einsum("bhlm,bmhd->blhd", ds, k).contiguous()
         if need_k:
-            dk = torch.einsum("bhlm,blhd->bmhd", ds, q).contiguous()
+            dk = _hide(torch.einsum("bhlm,blhd->bmhd", ds, q), key_mask).contiguous()
     return dq, dk, dv, dgate
 
 
@@ -121,7 +128,7 @@ def _activation_slope(kind: str, x: Tensor) -> Tensor:
         return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope * (1 + 3 * 0.044715 * x * x)
     if kind == "quick_gelu":
         s = torch.sigmoid(1.702 * x)
-        return s + 1.702 * x * s * (1 - s)
+        return s + x * s * (1.702 * (1 - s))
     return (x > 0).to(x.dtype)
 
 
@@ -203,7 +210,7 @@ def layer_norm_bwd(dy, dtotal, total, mean, rstd, weight, bias, channel_mask, ne
     if need_bias:
         dbias = dy.sum(dim=0).to(bias.dtype)
     if need_x:
-        d = dy if weight is None else dy * weight
+        d = dy if weight is None else (dy * weight).masked_fill(~kept, 0)
         mean_d = d.sum(dim=-1, keepdim=True) / count
         mean_dn = (d * normed).sum(dim=-1, keepdim=True) / count
         dx = (d - mean_d - normed * mean_dn) * rstd[:, None]
