@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tinyclip
@@ -238,6 +239,22 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path):
         assert not (tmp_path / format).exists()
     with pytest.raises(ValueError, match=r"format must be one of .*, got 'onnx'"):
         tinyclip.save(pruned, tmp_path, "onnx")
+
+
+def test_the_default_device_and_dtype_do_not_matter(tmp_path):
+    tinyclip.save(build.model(build.json_config()), tmp_path)
+    plain, preprocess, _ = tinyclip.load(tmp_path)
+    picture = Image.new("RGB", (300, 240), (200, 30, 90))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            model, again, _ = tinyclip.load(tmp_path)
+            image = again(picture)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(image, preprocess(picture))
+    for mine, parameter in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, parameter)
 
 
 def test_other_image_size(tmp_path):

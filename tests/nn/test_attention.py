@@ -167,6 +167,43 @@ def test_a_mask_that_is_not_causal_is_refused():
             ours(x, x, x, attn_mask=mask)
 
 
+def test_a_causal_mask_of_other_lengths_is_refused():
+    ours, _ = pair(batch_first=True)
+    (x,) = inputs(True)
+    mask = causal_masks()["bool"]
+    ours(x, x, x, attn_mask=mask)  # and is remembered
+    for shorter in (x[:, :-1], x[:, :1]):
+        with pytest.raises(ValueError, match="attn_mask must be None or exactly the causal mask"):
+            ours(shorter, shorter, shorter, attn_mask=mask)
+    with pytest.raises(TypeError, match=r"attn_mask must be None or a torch\.Tensor"):
+        ours(x, x, x, attn_mask=[[False]])
+
+
+def test_in_torchs_encoder_layer():
+    """Whose own fast path, in eval mode, would take the weights and leave the module out."""
+    (x,) = inputs(True)
+    layer = torch.nn.TransformerEncoderLayer(C, H, 2 * C, dropout=0.0, batch_first=True)
+    layer = layer.to(x.dtype).eval()
+    with torch.no_grad():
+        expected = layer(x)
+        ours = nn.MultiheadAttention(C, H, batch_first=True, dtype=x.dtype)
+        ours.load_state_dict(layer.self_attn.state_dict())
+        layer.self_attn = ours
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_mask_made_in_inference_mode():
+    ours, _ = pair(batch_first=True)
+    (x,) = inputs(True)
+    with torch.inference_mode():
+        mask = causal_masks()["bool"]
+        out = ours(x, x, x, attn_mask=mask)[0]
+        mask[0, 1] = False
+        with pytest.raises(ValueError, match="attn_mask"):
+            ours(x, x, x, attn_mask=mask)
+    torch.testing.assert_close(out, ours(x, x, x, is_causal=True)[0])
+
+
 def test_a_mask_is_read_again_when_it_changes():
     ours, _ = pair(batch_first=True)
     (x,) = inputs(True)

@@ -73,6 +73,17 @@ def test_choices_nest_and_are_restored_after_an_error(toy):
     assert toy(5) == "triton"
 
 
+def test_blocks_that_end_in_another_order(toy):
+    """As those of two threads may: each takes its own choice back."""
+    first, second = tinyclip.backend("torch"), tinyclip.backend("cpu")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert toy(5) == "cpu"
+    second.__exit__(None, None, None)
+    assert toy(5) == "triton"
+
+
 def test_the_choice_holds_on_other_threads(toy):
     """Autograd runs backward on its own threads, so the choice belongs to the process."""
     seen = []

@@ -100,7 +100,7 @@ def _build(config: CLIPConfig, state: dict[str, torch.Tensor], dtype: torch.dtyp
     with torch.device("meta"):
         built = CLIP(config, nonscalar_logit_scale=nonscalar)
     owned = {
-        key: torch.empty(value.shape, dtype=dtype).copy_(value.detach())
+        key: torch.empty(value.shape, dtype=dtype, device="cpu").copy_(value.detach())
         for key, value in state.items()
     }
     built.load_state_dict(owned, assign=True)

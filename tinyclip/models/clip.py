@@ -73,7 +73,7 @@ class VisionTransformer(nn.Module):
                 f" {tuple(image.shape)}; load(..., image_size=) makes a model of another size"
             )
         x = self.conv1(image).flatten(2).transpose(1, 2)
-        first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        first = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([first, x], dim=1) + self.positional_embedding.to(x.dtype)
         x = self.transformer(self.ln_pre(x))
         # A norm works token by token, so only the one that is kept needs it.
@@ -159,7 +159,7 @@ class CLIP(nn.Module):
         x = self.token_embedding(text)
         x = x + self.positional_embedding[: text.shape[1]].to(x.dtype)
         x = self.transformer(x, is_causal=True)
-        x = x[torch.arange(len(x), device=x.device), text.argmax(dim=-1)]
+        x = x[torch.arange(x.shape[0], device=x.device), text.argmax(dim=-1)]
         features = self.ln_final(x) @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
 

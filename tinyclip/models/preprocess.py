@@ -131,7 +131,7 @@ class Preprocess:
 
 
 def _column(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values).reshape(3, 1, 1)
+    return torch.tensor(values, dtype=torch.float32, device="cpu").reshape(3, 1, 1)
 
 
 def _mapping(name: str, data: Any) -> dict[str, Any]:

@@ -34,6 +34,9 @@ class MultiheadAttention(nn.Module):
         ValueError: an argument breaks a rule above; the text names it.
     """
 
+    # torch.nn.TransformerEncoderLayer asks whether it may take the weights and leave this out.
+    _qkv_same_embed_dim = False
+
     def __init__(
         self,
         embed_dim: int,
@@ -139,7 +142,8 @@ class MultiheadAttention(nn.Module):
             key = query if same_q else key.unsqueeze(self._batch_dim)
             value = key if same_kv else value.unsqueeze(self._batch_dim)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-        causal = is_causal or (attn_mask is not None and self._is_causal(attn_mask))
+        lengths = tuple(x.shape[1 - self._batch_dim] for x in (query, key))
+        causal = is_causal or (attn_mask is not None and self._is_causal(attn_mask, lengths))
         options = {
             "causal": causal,
             "key_mask": _key_mask(key_padding_mask),
@@ -174,18 +178,24 @@ class MultiheadAttention(nn.Module):
         x = F.linear(x, weight, bias).unflatten(-1, (count, self.num_heads, self.head_dim))
         return x if self.batch_first else x.transpose(0, 1)
 
-    def _is_causal(self, mask: Tensor) -> bool:
+    def _is_causal(self, mask: Tensor, lengths: tuple[int, int]) -> bool:
         """True for the causal mask; any other raises. A mask that is unchanged is read once."""
-        seen = self._causal_mask
-        if seen is not None and seen[0]() is mask and seen[1] == mask._version:
+        if not isinstance(mask, Tensor):
+            raise TypeError(
+                "MultiheadAttention: attn_mask must be None or a torch.Tensor (L, L), got"
+                f" {type(mask).__name__}"
+            )
+        fits, seen = tuple(mask.shape) == lengths, self._causal_mask
+        if fits and seen is not None and seen[0]() is mask and seen[1] == mask._version:
             return True
-        if not _exactly_causal(mask):
+        if not (fits and _exactly_causal(mask)):
             raise ValueError(
                 "MultiheadAttention: attn_mask must be None or exactly the causal mask (L, L),"
-                f" got another one of shape {tuple(mask.shape)} and dtype {mask.dtype}; keys are"
-                " masked with key_padding_mask"
+                f" here {lengths}, got another one of shape {tuple(mask.shape)} and dtype"
+                f" {mask.dtype}; keys are masked with key_padding_mask"
             )
-        if not torch.compiler.is_compiling():
+        # A mask made under inference_mode has no version to tell whether it has changed.
+        if not (torch.compiler.is_compiling() or mask.is_inference()):
             self._causal_mask = weakref.ref(mask), mask._version
         return True
 

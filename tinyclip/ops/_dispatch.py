@@ -91,8 +91,9 @@ def _checked_choice(name: str, source: str) -> str | None:
 
 # A plain module global: Dynamo guards it, so a compiled model recompiles when the choice changes.
 _choice: str | None = _checked_choice(
-    os.environ.get("TINYCLIP_BACKEND", "auto"), "TINYCLIP_BACKEND"
+    os.environ.get("TINYCLIP_BACKEND") or "auto", "TINYCLIP_BACKEND"
 )
+_open: list[tuple[object, str | None]] = [(None, _choice)]  # the choices in force, innermost last
 
 
 class backend:
@@ -105,21 +106,24 @@ class backend:
         ValueError: `name` is none of these.
         BackendUnavailable: raised by an op in the block that the backend cannot compute.
 
-    The choice is made once, in an op's forward, and kept for its backward.
+    The choice is made once, in an op's forward, and kept for its backward. Of blocks that are open
+    at once in several threads, the one entered last counts.
     """
 
     def __init__(self, name: str):
         self._wanted = _checked_choice(name, "backend: name")
-        self._previous: list[str | None] = []
 
     def __enter__(self) -> None:
         global _choice
-        self._previous.append(_choice)
+        _open.append((self, self._wanted))
         _choice = self._wanted
 
     def __exit__(self, *exc_info: object) -> None:
         global _choice
-        _choice = self._previous.pop()
+        # Its own entry, which need not be the last: threads may leave in another order.
+        own = max(i for i, (opened_by, _) in enumerate(_open) if opened_by is self)
+        del _open[own]
+        _choice = _open[-1][1]
 
 
 @torch.compiler.assume_constant_result
