@@ -36,19 +36,19 @@ from .tuning import choose, kind_of
 @triton.jit
 def _load_queries(
     start_m, offs_m, q_base, do_base, o_base, stats_base, stride_q, stride_do, stride_o,
-    stride_stats, Lq, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    stride_stats, Lq, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """q, dout, maximum and reciprocal sum of the softmax, and delta, of some queries."""
     in_rows = offs_m < Lq
-    q = load_rows(q_base, start_m, stride_q, in_rows, D, BLOCK_D)
-    do = load_rows(do_base, start_m, stride_do, in_rows, D, BLOCK_D)
-    o = load_rows(o_base, start_m, stride_o, in_rows, D, BLOCK_D)
     m = tl.load(stats_base + offs_m, mask=in_rows, other=0.0)
     l = tl.load(stats_base + stride_stats + offs_m, mask=in_rows, other=0.0)  # noqa: E741
-    # Beyond the rows, and for a query that saw no key, the sum is 0 and so is every probability;
-    # what such a query and its gradient hold, a NaN perhaps, must not meet that 0.
+    # Beyond the rows, and for a query that saw no key, the sum is 0 and so is every probability.
     saw = l != 0.0
-    q, do = tl.where(saw[:, None], q, 0.0), tl.where(saw[:, None], do, 0.0)
+    # What a query holds that saw none, and its gradient, may be NaN and must not meet that 0.
+    real = saw if HAS_MASK else in_rows
+    q = load_rows(q_base, start_m, stride_q, real, D, BLOCK_D)
+    do = load_rows(do_base, start_m, stride_do, real, D, BLOCK_D)
+    o = load_rows(o_base, start_m, stride_o, real, D, BLOCK_D)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
     return q, do, tl.where(saw, m, 0.0), tl.where(saw, 1.0 / tl.where(saw, l, 1.0), 0.0), delta
 
@@ -71,17 +71,24 @@ def _tile(
 
 
 @triton.jit
+def _masked_rows(gradient, keep, HAS_MASK: tl.constexpr):
+    """A gradient of keys or values, 0 under the mask whatever a visible query holds."""
+    return tl.where(keep[:, None], gradient, 0.0) if HAS_MASK else gradient
+
+
+@triton.jit
 def _keys_step(
     dk, dv, k, v, offs_n, keep, start_m, q_base, do_base, o_base, stats_base, gate,
     stride_q, stride_do, stride_o, stride_stats, Lq, scale_log2,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
-    NEED_K: tl.constexpr, NEED_V: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr, NEGATE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries adds its share to dK and dV."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q, do, m, inverse, delta = _load_queries(
         start_m, offs_m, q_base, do_base, o_base, stats_base, stride_q, stride_do, stride_o,
-        stride_stats, Lq, D, BLOCK_D,
+        stride_stats, Lq, D, BLOCK_D, HAS_MASK,
     )  # fmt: skip
     p, _, ds = _tile(
         q, do, m, inverse, delta, k, v, keep, offs_m, offs_n, gate, scale_log2, CAUSAL,
@@ -117,19 +124,19 @@ def _own_keys(
         dk, dv = _keys_step(
             dk, dv, k, v, offs_n, keep, tile * BLOCK_M, q_base, do_base, o_base, stats_base, gate,
             stride_q, stride_do, stride_o, stride_stats, Lq, scale_log2,
-            D, BLOCK_M, BLOCK_D, CAUSAL, NEED_K, NEED_V, NEGATE, PRECISION,
+            D, BLOCK_M, BLOCK_D, CAUSAL, HAS_MASK, NEED_K, NEED_V, NEGATE, PRECISION,
         )  # fmt: skip
     if TAIL_M > 0:
         dk, dv = _keys_step(
             dk, dv, k, v, offs_n, keep, last * BLOCK_M, q_base, do_base, o_base, stats_base, gate,
             stride_q, stride_do, stride_o, stride_stats, Lq, scale_log2,
-            D, TAIL_M, BLOCK_D, CAUSAL, NEED_K, NEED_V, NEGATE, PRECISION,
+            D, TAIL_M, BLOCK_D, CAUSAL, HAS_MASK, NEED_K, NEED_V, NEGATE, PRECISION,
         )  # fmt: skip
     if NEED_K:
-        dk = tl.where(keep[:, None], dk * scale, 0.0)
+        dk = _masked_rows(dk * scale, keep, HAS_MASK)
         store_rows(dk_base, start_n, stride_dk, offs_n < Lk, dk, D, BLOCK_D)
     if NEED_V:
-        dv = tl.where(keep[:, None], dv * gate, 0.0)
+        dv = _masked_rows(dv * gate, keep, HAS_MASK)
         store_rows(dv_base, start_n, stride_dv, offs_n < Lk, dv, D, BLOCK_D)
 
 
@@ -172,7 +179,7 @@ def _own_queries(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q, do, m, inverse, delta = _load_queries(
         start_m, offs_m, q_base, do_base, o_base, stats_base, stride_q, stride_do, stride_o,
-        stride_stats, Lq, D, BLOCK_D,
+        stride_stats, Lq, D, BLOCK_D, HAS_MASK,
     )  # fmt: skip
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -216,7 +223,7 @@ def _own_head(
     v = load_rows(v_base, 0, stride_v, keep, D, BLOCK_D)
     q, do, m, inverse, delta = _load_queries(
         0, offs_m, q_base, do_base, o_base, stats_base, stride_q, stride_do, stride_o,
-        stride_stats, Lq, D, BLOCK_D,
+        stride_stats, Lq, D, BLOCK_D, HAS_MASK,
     )  # fmt: skip
     p, dp, ds = _tile(
         q, do, m, inverse, delta, k, v, keep, offs_m, offs_n, gate, scale_log2, CAUSAL,
@@ -224,14 +231,14 @@ def _own_head(
     )  # fmt: skip
     if NEED_V:
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
-        dv = tl.where(keep[:, None], dv * gate, 0.0)
+        dv = _masked_rows(dv * gate, keep, HAS_MASK)
         store_rows(dv_base, 0, stride_dv, offs_n < Lk, dv, D, BLOCK_D)
     if NEED_GATE:
         tl.store(dgate_pointer, tl.sum(tl.sum(p * dp, axis=1), axis=0))
     ds = ds.to(q.dtype)
     if NEED_K:
         dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
-        dk = tl.where(keep[:, None], dk * scale, 0.0)
+        dk = _masked_rows(dk * scale, keep, HAS_MASK)
         store_rows(dk_base, 0, stride_dk, offs_n < Lk, dk, D, BLOCK_D)
     if NEED_Q:
         dq = tl.dot(ds, k, input_precision=PRECISION)

@@ -69,14 +69,14 @@ MUTANTS = (
     mutant(
         "scale missing in dK",
         BACKWARD,
-        "dk * scale, 0.0)\n        store_rows(dk_base, start_n",
-        "dk, 0.0)\n        store_rows(dk_base, start_n",
+        "_masked_rows(dk * scale, keep, HAS_MASK)\n        store_rows(dk_base, start_n",
+        "_masked_rows(dk, keep, HAS_MASK)\n        store_rows(dk_base, start_n",
     ),
     mutant(
         "gate missing in dV",
         BACKWARD,
-        "dv * gate, 0.0)\n        store_rows(dv_base, start_n",
-        "dv, 0.0)\n        store_rows(dv_base, start_n",
+        "_masked_rows(dv * gate, keep, HAS_MASK)\n        store_rows(dv_base, start_n",
+        "_masked_rows(dv, keep, HAS_MASK)\n        store_rows(dv_base, start_n",
     ),
     mutant(
         "gate's gradient of the last tile only",
@@ -93,14 +93,14 @@ MUTANTS = (
     mutant(
         "NaN of a query that sees no key",
         BACKWARD,
-        "tl.where(saw[:, None], q, 0.0), tl.where(saw[:, None], do, 0.0)",
-        "q, tl.where(saw[:, None], do, 0.0)",
+        "q = load_rows(q_base, start_m, stride_q, real",
+        "q = load_rows(q_base, start_m, stride_q, in_rows",
     ),
     mutant(
         "overflow in the gradient of a query that sees no key",
         BACKWARD,
-        "tl.where(saw[:, None], q, 0.0), tl.where(saw[:, None], do, 0.0)",
-        "tl.where(saw[:, None], q, 0.0), do",
+        "do = load_rows(do_base, start_m, stride_do, real",
+        "do = load_rows(do_base, start_m, stride_do, in_rows",
     ),
 )
 
