@@ -63,11 +63,13 @@ class Bench:
 
     def _row(self, case: Case, mode: str, name: str) -> dict[str, Any]:
         self.take(case)
-        theirs = self.peer(case, name)
-        verdict = self.verdict(case, name)
-        if verdict.colour == "red":
-            reason = f"refused: gate red, {verdict.detail}"
-            return {"status": FAILED, "gate": "red", "reason": reason}
+        theirs, engine = self.peer(case, name), case.peers[name].engine
+        for who in self._gated(case, name):
+            verdict = self.verdict(case, who)
+            if verdict.colour == "red":
+                whose = f"{self.backend if who == 'ours' else who}: " if engine else ""
+                reason = f"refused: gate red, {whose}{verdict.detail}"
+                return {"status": FAILED, "gate": "red", "reason": reason}
         theirs = self.step(theirs, mode)
         found = {"status": MEASURED, "gate": "green", "gate_detail": verdict.detail}
         if case.call is None:
@@ -75,6 +77,8 @@ class Bench:
             found |= {"raw_ms": raw, "peak_mb": timing.peak_mb(theirs, self.device)}
         else:
             ours = self.step(self.ours(case), mode)
+            if engine:  # the row is the engine's, beside what is taken without asking for it
+                ours, theirs = theirs, ours
             paired = timing.paired(ours, theirs, self.device, self.seconds)
             raw = paired.ours_ms
             found |= {"raw_ms": raw, "peer_raw_ms": paired.peer_ms, "ratio": paired.ratio}
@@ -82,8 +86,15 @@ class Bench:
             if mode != GRAPHED:  # a replay allocates nothing
                 found["peak_mb"] = timing.peak_mb(ours, self.device)
                 found["peer_peak_mb"] = timing.peak_mb(theirs, self.device)
-            found["backend"] = "+".join(dict.fromkeys(self._served.values()))
+            found["backend"] = name if engine else "+".join(dict.fromkeys(self._served.values()))
         return found | self._against_roof(case, mode, timing.quantile(raw, 0.5))
+
+    @staticmethod
+    def _gated(case: Case, name: str) -> tuple[str, ...]:
+        """Who has to be right for a row: what is timed as ours, and an engine of ours beside it."""
+        if case.call is None:
+            return (name,)
+        return ("ours", name) if case.peers[name].engine else ("ours",)
 
     def _against_roof(self, case: Case, mode: str, ms: float) -> dict[str, Any]:
         work = case.passes().of(mode)
@@ -140,15 +151,18 @@ class Bench:
         """A peer on the case's inputs; raises CannotRun."""
         return case.peers[name].build(self._tensors, dict(case.sizes), self.device)
 
-    def verdict(self, case: Case, peer: str) -> gate.Verdict:
-        """Ours against the oracle, once a case; where PyTorch alone is timed, the peer."""
+    def verdict(self, case: Case, who: str) -> gate.Verdict:
+        """Of "ours" or of a peer against the oracle, once a case."""
         self._find_server(case)
-        key = peer if case.call is None else "ours"
-        if key not in self._verdicts:
-            self._verdicts[key] = gate.check(case, self.device, self._candidate(case, peer))
-        return self._verdicts[key]
+        if who not in self._verdicts:
+            # What holds while a peer runs forward has to hold for its backward, too.
+            around = contextlib.nullcontext if who == "ours" else self.peer(case, who).context
+            with around():
+                found = gate.check(case, self.device, self._candidate(case, who))
+            self._verdicts[who] = found
+        return self._verdicts[who]
 
-    def _candidate(self, case: Case, peer: str):
+    def _candidate(self, case: Case, who: str):
         # By itself the op might serve the gate's smaller size from elsewhere: check what is timed.
         servers = set(self._served.values())
         backend = servers.pop() if len(servers) == 1 else self.backend
@@ -160,11 +174,11 @@ class Bench:
                 return case.call(self.ops, tensors, sizes)
 
         def theirs(tensors: Tensors, sizes: dict):
-            timed = case.peers[peer].build(tensors, sizes, self.device)
+            timed = case.peers[who].build(tensors, sizes, self.device)
             with timed.context():
                 return timed.call()
 
-        return theirs if case.call is None else ours
+        return ours if who == "ours" else theirs
 
     def step(self, timed: Timed, mode: str) -> Timed:
         """One timed unit: a forward without gradients, or a forward and every gradient."""

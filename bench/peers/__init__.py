@@ -30,6 +30,7 @@ class Peer(NamedTuple):
 
     build: Callable[[Tensors, dict, str], Timed]
     slow_start: bool = False  # compiles for seconds: comes last, and on a CPU only when asked for
+    engine: bool = False  # one of our own: gated as ours is, and the row's figures are its own
 
 
 def plain(maths: Maths) -> Peer:

@@ -144,4 +144,4 @@ def engine(backend: str) -> Peer:
             lambda: calls.contrastive_loss(tinyclip.ops, t, s), lambda: tinyclip.backend(backend)
         )
 
-    return Peer(build)
+    return Peer(build, engine=True)

@@ -41,4 +41,4 @@ def ours(implementation: str) -> Peer:
 
         return Timed(lambda: calls.gelu_mlp(ops, t, s), pinned)
 
-    return Peer(build)
+    return Peer(build, engine=True)

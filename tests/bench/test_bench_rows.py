@@ -1,9 +1,11 @@
 """What a row says of a wrong op, a slow op, a peer that cannot run; and how rows are paired."""
 
+import contextlib
 import dataclasses
 import sys
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -51,6 +53,79 @@ def test_the_gate_refuses_a_wrong_op(norm_case, wrong, tensor):
     assert row["reason"].startswith("refused: gate red, ")
     assert f"{tensor} error " in row["reason"]
     assert "ratio" not in row and "raw_ms" not in row
+
+
+def engine_of(layer_norm, context=contextlib.nullcontext) -> dict[str, Peer]:
+    """A peer "new" that is one of our own."""
+
+    def build(t, s, device):
+        return timing.Timed(lambda: layer_norm(t["x"], t["weight"], t["bias"]), context)
+
+    return {"new": Peer(build, engine=True)}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "tensor"),
+    [(off_by_a_little, ""), (wrong_gradient, "dx"), (nan_in_one_place, "output 0")],
+)
+def test_the_gate_refuses_a_wrong_engine(norm_case, wrong, tensor):
+    case = dataclasses.replace(norm_case, peers=engine_of(wrong))
+    row = bench().row(case, BOTH, "new")
+    assert (row["status"], row["gate"]) == (FAILED, "red")
+    assert row["reason"].startswith("refused: gate red, new: ")
+    assert f"{tensor} error " in row["reason"]
+    assert "ratio" not in row and "raw_ms" not in row
+    # and a right one is not timed beside a wrong `auto`
+    case = dataclasses.replace(norm_case, peers=engine_of(tinyclip.ops.layer_norm))
+    row = bench(planted(wrong)).row(case, BOTH, "new")
+    assert row["reason"].startswith("refused: gate red, auto: ")
+
+
+class _Choosing(torch.autograd.Function):
+    """y = x; a backward that is wrong while `wrong` holds something."""
+
+    wrong: ClassVar[list] = []
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * dy if _Choosing.wrong else dy
+
+
+def test_an_engine_is_gated_in_its_context_both_ways(norm_case):
+    """What an engine's backward does is chosen when it runs, as the MLP's tiles are."""
+
+    @contextlib.contextmanager
+    def context():
+        _Choosing.wrong.append(True)
+        yield
+        _Choosing.wrong.pop()
+
+    def chosen(x, weight, bias):
+        return tinyclip.ops.layer_norm(_Choosing.apply(x), weight, bias)
+
+    case = dataclasses.replace(norm_case, peers=engine_of(chosen, context))
+    row = bench().row(case, BOTH, "new")
+    assert row["gate"] == "red" and "dx error" in row["reason"]
+    case = dataclasses.replace(norm_case, peers=engine_of(chosen))
+    assert bench().row(case, BOTH, "new")["gate"] == "green"
+
+
+def test_an_engines_row_has_the_engines_figures(norm_case):
+    def slow(x, weight, bias):
+        time.sleep(0.02)
+        return tinyclip.ops.layer_norm(x, weight, bias)
+
+    case = dataclasses.replace(norm_case, sizes={"M": 64, "C": 64}, peers=engine_of(slow))
+    row = bench().row(case, FORWARD, "new")
+    assert (row["status"], row["backend"]) == (MEASURED, "new")
+    assert row["ms"] >= 20 and row["ms"] == timing.quantile(row["raw_ms"], 0.5)
+    assert row["ratio"] < 0.5  # `auto` takes less time, so the engine is the slower one
+    roof = 100 * case.passes().of(FORWARD).bytes / 0.01e12 * 1e3
+    assert row["percent_of_roof"] == pytest.approx(roof / row["ms"])
 
 
 def test_a_yardstick_that_overflowed_excuses_nothing():
