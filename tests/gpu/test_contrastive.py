@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import tinyclip
-from tests.support import contrastive
-from tests.support.rule import Tally
+from tests.gpu.calls import features, gradients
 from tinyclip import ops
 
 HAS_GPU = torch.cuda.is_available()
@@ -20,59 +19,30 @@ every_dtype = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def _exact_products():
-    """fp32 products whole, the yardsticks' as well."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-def features(count, m, d, dtype=torch.bfloat16, seed=0):
-    generator = torch.Generator("cuda").manual_seed(seed)
-    for _ in range(count):
-        x = torch.randn(m, d, device="cuda", generator=generator)
-        yield F.normalize(x, dim=1).to(dtype).requires_grad_()
-
-
-def gradients(backend, image, text, scale, **options):
-    """Loss, dimage, dtext, dscale."""
-    scale = torch.tensor(scale, device="cuda", requires_grad=True)
-    with tinyclip.backend(backend):
-        value = ops.contrastive_loss(image, text, scale, **options)
-        return value.detach(), *torch.autograd.grad(value, (image, text, scale))
-
-
-@both
-@every_dtype
-def test_the_rule(backend, dtype):
-    tally = Tally()
-    for seed in range(200):
-        problem = contrastive.make(
-            seed,
-            device="cuda",
-            dtypes=(dtype,),
-            rows=(1, 2, 17, 64, 127, 128, 129, 300, 700),
-            widths=(1, 8, 32, 100, 384, 500, 512, 640, 768, 1024),
-            rounded_ds=True,
-        )
-        tally.add(problem.label, problem.judge(backend))
-    tally.verdict()
-
-
 @every_dtype
 def test_two_engines_agree(dtype):
-    """The second opinion: both within the rounding of dS of each other."""
+    """The second opinion, on features of which both see every bit.
+
+    Each gradient is within the rounding of dS in the features' dtype. In fp32 nothing is rounded to
+    fewer bits, but a logit s a.b carries about s roundings of its own, and e^logit with it, so the
+    rule's 8 + s count there: two engines that sum in different orders differ by 9e-7 already.
+    """
+    scale = 100.0
     image, text, ti, tt = features(4, 1037, 512, dtype)
     teacher = tinyclip.Teacher(ti.detach(), tt.detach(), 50.0)
-    found = [
-        gradients(backend, image, text, 100.0, teacher=teacher, alpha=0.5)
-        for backend in ("cuda", "triton")
-    ]
-    for x, y in zip(*found, strict=True):
-        difference = (x.double() - y.double()).norm() / y.double().norm()
-        assert difference <= 2 * torch.finfo(dtype).eps
+    loss, *engines = zip(
+        *(
+            gradients(backend, image, text, scale, teacher=teacher, alpha=0.5)
+            for backend in ("cuda", "triton")
+        ),
+        strict=True,
+    )
+    roundings = (8 + scale) * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(*loss, rtol=roundings, atol=0)
+    for x, y in engines:
+        difference = ((x.double() - y.double()).norm() / y.double().norm()).item()
+        print(f"{dtype}: {difference:.1e}")
+        assert difference <= 2 * max(roundings, torch.finfo(dtype).eps)
 
 
 @both
@@ -94,18 +64,6 @@ def test_logits_are_not_rounded(backend, dtype):
         ratio = ((x.double() - t).norm() / (e.double() - t).norm()).item()
         print(f"{backend} {dtype}: {ratio:.3f} of eager autocast's error")
         assert ratio <= 0.35
-
-
-@both
-@pytest.mark.parametrize("m", [46_341, 65_537])
-def test_more_logits_than_32_bits_count(backend, m):
-    """Against fp64 in chunks of rows."""
-    image, text = features(2, m, 64)
-    found = gradients(backend, image, text, 20.0)
-    exact = [x.detach().double().requires_grad_() for x in (image, text)]
-    for x, t in zip(found, gradients("torch", *exact, 20.0), strict=True):
-        error = ((x.double() - t).norm() / t.norm()).item()
-        assert error <= (1e-5 if x.dim() == 0 else 1e-2), error
 
 
 @both
@@ -164,38 +122,6 @@ def test_a_write_on_another_stream_is_seen(backend):
             found = ops.contrastive_loss(late, text, 10.0)
     torch.cuda.current_stream().wait_stream(side)
     assert torch.equal(found, wanted)
-
-
-@both
-@pytest.mark.parametrize("with_teacher", [False, True])
-def test_memory_at_32768(backend, with_teacher):
-    """0.3 GB over the inputs and the gradients."""
-    image, text, ti, tt = features(4, 32_768, 512)
-    teacher = tinyclip.Teacher(ti.detach(), tt.detach(), 50.0) if with_teacher else None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    gradients(backend, image, text, 50.0, teacher=teacher, alpha=0.5 if with_teacher else 0.0)
-    used = torch.cuda.max_memory_allocated() - before - image.nbytes - text.nbytes
-    print(f"{backend}: {used / 1e9:.3f} GB")
-    assert used <= 0.3e9
-
-
-@both
-def test_a_batch_of_a_million(backend):
-    """2^40 logits; identical pairs apart, so that the loss is known: log of the batch."""
-    m = 1 << 20
-    one = F.normalize(torch.ones(1, 512, device="cuda"), dim=1).bfloat16()
-    image, text = (one.repeat(m, 1).requires_grad_() for _ in range(2))
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    value, dimage, dtext, _ = gradients(backend, image, text, 20.0)
-    used = torch.cuda.max_memory_allocated() - before - image.nbytes - text.nbytes
-    print(f"{backend}: {used / 1e9:.2f} GB")
-    torch.testing.assert_close(value.item(), 20 * 0.6931471805599453, rtol=1e-4, atol=0)
-    assert used <= 4e9
-    assert dimage.float().norm() < 1e-2
-    assert dtext.float().norm() < 1e-2
 
 
 @pytest.mark.skipif(HAS_GPU and torch.cuda.device_count() < 2, reason="one GPU is here")
