@@ -25,7 +25,7 @@ help:
 	@echo "make soak    the tests that take minutes, the install cases included"
 	@echo "make lint    ruff and clang-format, changing nothing; make format changes"
 	@echo "make bench   the benchmarks at CPU sizes"
-	@echo "make gpu     build, GPU tests and benchmarks in one command, offline"
+	@echo "make gpu     build, GPU tests and benchmarks in one command, offline; GPU_BUDGET_S=540"
 	@echo "make clean   remove what was built, not .venv"
 
 # Where the tests' environment is there already, it has all that the demo needs.

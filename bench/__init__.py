@@ -5,3 +5,7 @@
 turns work into a floor. ``python -m bench --help`` lists the commands; docs/benchmarks.md explains
 how to read a row. This folder imports tinyclip, never the reverse, and is not installed.
 """
+
+import time
+
+BEGUN = time.monotonic()  # before torch is imported, which is part of a budget

@@ -3,7 +3,7 @@
 python -m bench                           every CPU case, within five minutes
 python -m bench attention/197 --list      what would be measured
 python -m bench layer_norm --compare HEAD~1
-python -m bench gpu                       build, baselines, GPU tests, every op, one JSON file
+python -m bench gpu                       baselines, build, GPU tests, every op, one JSON file
 python -m bench resources                 registers, spills, shared memory of every Triton tile
 python -m bench predict                   the roofs on an H200, as bench/notes.md has them
 """

@@ -194,13 +194,13 @@ def baselines() -> list[Case]:
     found = [_case("copy", "4.3 GB", "cuda", {"N": 2**31}, {"clone": plain(_clone)}, **alone)]
     alone = {"eager": _linear_fp32, "reduced": {"M": 300}, "modes": (FORWARD,)}
     cublas = {"cublas": plain(_linear)}
-    for m in (51_200, 201_728, 263_168):
-        for k in (512, 768, 1024):
+    for k in (768, 1024, 512):
+        for m in (51_200, 201_728, 263_168):
             sizes = {"M": m, "K": k, "N": 4 * k}
             found.append(_case("gemm", f"{m}x{k}x{4 * k}", "cuda", sizes, cublas, **alone))
     alone = {"eager": attention.eager, "reduced": {"B": 2}}
-    for tower, shape in _TOWERS.items():
-        for batch in (64, 1024):
+    for batch in (1024, 64):
+        for tower, shape in _TOWERS.items():
             sizes = {**shape, "B": batch}
             found.append(_case("sdpa", f"{tower} b{batch}", "cuda", sizes, _SDPA, **alone))
     return found

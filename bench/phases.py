@@ -1,0 +1,278 @@
+"""What ``python -m bench gpu`` runs in processes of their own: build, tests, the checkers.
+
+A phase has a deadline and ends by it: what still runs is interrupted a little before, then killed,
+with its children. What it leaves is counted from what it wrote while it ran.
+"""
+
+import atexit
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from bench.measure import FAILED, NOT_RUN
+from bench.report import ROOT
+
+CHECKS = ("memcheck", "racecheck")  # compute-sanitizer's tools
+TOOLS = ("setuptools", "pybind11", "ninja", "pytest", "pytest-xdist", "transformers", "timm")
+TESTS = ("-m", "gpu", "-p", "no:randomly", "-p", "bench.outcomes")
+# All but the sizes at once; those want the device's memory to themselves.
+SUITES = (
+    ("tests/gpu", "--ignore=tests/gpu/test_sizes.py"),
+    ("tests/gpu/test_sizes.py",),
+)
+_SUITE_SHARES = (0.8, 1.0)  # of what is left for tests when a suite begins
+_PIP = ("-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "-e", ".")
+_IN_PLACE = ("setup.py", "build_ext", "--inplace")
+_IMPORTS = "import tinyclip.ops, tinyclip.triton_kernels.launch"
+_EXTENSION = "from tinyclip import _extension as e; print(e.cuda_why_not() or 'with CUDA')"
+_LINK = ROOT / "tinyclip" / "triton_kernels"
+_STOPPED = "stopped by the budget"
+_GRACE = 10.0  # seconds from an interruption to the kill, or a fifth of what there is
+_MOST_JOBS = 8  # each holds half a gigabyte of the device
+
+
+def _start(
+    command: list[str], output: IO[str], cwd: Path = ROOT, **variables: str
+) -> subprocess.Popen:
+    """Start a command in a process group that can be interrupted: where this process runs in the
+    background it ignores SIGINT, and what it starts would, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            command,
+            cwd=cwd,
+            env={**os.environ, **variables},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _finish(process: subprocess.Popen, deadline: float) -> bool:
+    """Whether it ended by itself; by the deadline it has ended, and its children have."""
+    left = max(0.0, deadline - time.monotonic())
+    grace = min(_GRACE, left / 5)
+    try:
+        for send, patience in ((None, left - grace), (signal.SIGINT, grace)):
+            if send is not None:
+                os.killpg(process.pid, send)
+            try:
+                process.wait(patience)
+                return send is None
+            except subprocess.TimeoutExpired:
+                continue
+        return False
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # nobody of it is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def versions() -> dict[str, str | None]:
+    """Of what the build and the tests need: None what is not installed."""
+    found: dict[str, str | None] = {}
+    for name in TOOLS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return {"python": sys.version.split()[0], **found, "nvcc": nvcc}
+
+
+def _python(*arguments: str) -> str | None:
+    """What a fresh interpreter prints, None if it fails."""
+    command = [sys.executable, *arguments]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _architecture() -> str:
+    """This device's alone: the others' code takes most of a build's time."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+
+
+def build(results: Path, deadline: float) -> dict[str, Any]:
+    """Install in place with the machine's own tools, or what of it can be had.
+
+    Where pip cannot (a setuptools before 77 does not read our licence), the extension is built
+    beside a folder without pyproject.toml; where that fails too, the kernels' folder is linked to
+    where an install maps it. ``importable`` tells whether our ops can be reached at all.
+    """
+    log, start = results.with_suffix(".build.log"), time.monotonic()
+    wanted = {"TINYCLIP_CUDA_ARCHS": os.environ.get("TINYCLIP_CUDA_ARCHS") or _architecture()}
+    with log.open("w") as output:
+        status = _run([sys.executable, *_PIP], output, deadline, **wanted)
+        ways = [f"pip: {status}"]
+        if status not in ("built", _STOPPED):
+            with _without_pyproject() as folder:
+                command = [sys.executable, *_IN_PLACE]
+                again = _run(command, output, deadline, folder, **wanted)
+                ways.append(f"build_ext: {again}")
+                status = "built without pip" if again == "built" else status
+    importable = _python("-c", _IMPORTS) is not None
+    if not importable:
+        _link()
+        ways.append(f"linked {_LINK.name}")
+        importable = _python("-c", _IMPORTS) is not None
+    found = {
+        "status": status,
+        "seconds": round(time.monotonic() - start, 1),
+        "log": log.name,
+        "ways": ways,
+        "importable": importable,
+        "extension": _python("-c", _EXTENSION) if importable else None,
+    }
+    print(f"build: {status} in {found['seconds']} s, extension: {found['extension']}", flush=True)
+    return found
+
+
+def _run(
+    command: list[str], output: IO[str], deadline: float, cwd: Path = ROOT, **variables: str
+) -> str:
+    process = _start(command, output, cwd, **variables)
+    in_time = _finish(process, deadline)
+    if not in_time:
+        return _STOPPED
+    return f"failed with status {process.returncode}" if process.returncode else "built"
+
+
+@contextlib.contextmanager
+def _without_pyproject():
+    """A folder that holds the checkout's entries, but for the one that setuptools cannot read."""
+    with tempfile.TemporaryDirectory(prefix="tinyclip-build-") as folder:
+        for entry in ROOT.iterdir():
+            if entry.name not in ("pyproject.toml", "build", ".git"):
+                (Path(folder) / entry.name).symlink_to(entry)
+        yield Path(folder)
+
+
+def _link() -> None:
+    if not _LINK.exists():
+        _LINK.symlink_to(ROOT / "triton_kernels")
+
+
+def reach() -> None:
+    """See to it that this process can import our kernels, until it ends."""
+    if importlib.util.find_spec("tinyclip.triton_kernels") is None:
+        _link()
+        importlib.invalidate_caches()
+        atexit.register(unlink)
+
+
+def unlink() -> None:
+    """Take away what a build without pip put into the package's folder."""
+    if _LINK.is_symlink():
+        _LINK.unlink()
+
+
+def _parallel() -> list[str]:
+    """pytest-xdist's words, where it is there: compiling is what takes time, and takes one core."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    jobs = max(1, min(_MOST_JOBS, (os.cpu_count() or 1) // 2))
+    words = ["-n", str(jobs)]
+    version = importlib.metadata.version("pytest-xdist").split(".")
+    if tuple(int(part) for part in version[:2]) >= (3, 2):
+        words += ["--maxschedchunk=1"]  # in the order of their worth, as near as may be
+    return words if jobs > 1 else []
+
+
+def no_tests(status: str) -> dict[str, Any]:
+    """The tests' entry while there is nothing in it."""
+    counts = {"passed": 0, "failed": 0, "skipped": 0, "seconds": 0.0}
+    return {"status": status, **counts, "failures": [], "printed": {}}
+
+
+def tests(results: Path, deadline: float) -> dict[str, Any]:
+    """The tests marked gpu, counted; what the budget stopped keeps what it had counted."""
+    log, start = results.with_suffix(".tests.log"), time.monotonic()
+    outcomes = results.with_suffix(".tests.jsonl")
+    outcomes.unlink(missing_ok=True)
+    statuses = []
+    with log.open("w") as output:
+        for suite, share in zip(SUITES, _SUITE_SHARES, strict=True):
+            parallel = _parallel() if suite is SUITES[0] else []
+            suite_deadline = time.monotonic() + share * (deadline - time.monotonic())
+            command = [sys.executable, "-m", "pytest", *TESTS, "-q", *parallel, *suite]
+            variables = {"GPU_TESTS_OUTCOMES": str(outcomes), "OMP_NUM_THREADS": "1"}
+            process = _start(command, output, **variables)
+            in_time = _finish(process, suite_deadline)
+            names = {0: "passed", 1: FAILED, 5: "no test is marked gpu"}
+            ended = f"pytest ended with status {process.returncode}"
+            statuses.append(names.get(process.returncode, ended) if in_time else _STOPPED)
+    found = counted(outcomes)
+    worst = [status for status in statuses if status != "passed"] or ["passed"]
+    found["status"] = _STOPPED if _STOPPED in worst else worst[0]
+    found["seconds"] = round(time.monotonic() - start, 1)
+    said = {name: found[name] for name in ("status", "passed", "failed", "skipped", "seconds")}
+    print(f"tests: {said}, log {log}", flush=True)
+    for failure in found["failures"]:
+        print(f"  {failure['test']}: {(failure['why'].splitlines() or [''])[0]}", flush=True)
+    return found | {"log": log.name}
+
+
+def counted(outcomes: Path) -> dict[str, Any]:
+    """The tests' entry from what `bench.outcomes` wrote; a test counts once, by its worst."""
+    found, by_test = no_tests(NOT_RUN), {}
+    for line in outcomes.read_text().splitlines() if outcomes.exists() else ():
+        try:
+            told = json.loads(line)
+        except ValueError:  # the line that a kill cut
+            continue
+        if by_test.get(told["test"], {}).get("outcome") != "failed":
+            by_test[told["test"]] = told
+    for name, told in by_test.items():
+        found[told["outcome"]] += 1
+        if told["outcome"] == "failed":
+            found["failures"].append({"test": name, "why": told["why"]})
+        if told["printed"]:
+            found["printed"][name] = told["printed"]
+    return found
+
+
+def check(tool_name: str, results: Path, deadline: float) -> dict[str, Any]:
+    """Our kernels under compute-sanitizer, every allocation one of its own; or its absence."""
+    log, start = results.with_suffix(f".{tool_name}.log"), time.monotonic()
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if tool is None:
+        return {"status": "tool unavailable", "launches": 0, "seconds": 0.0}
+    command = [tool, "--tool", tool_name, "--error-exitcode", "9"]
+    with log.open("w") as output:
+        command += [sys.executable, "-m", "bench.sanitized"]
+        process = _start(command, output, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        in_time = _finish(process, deadline)
+    outcomes = {0: "clean", 9: "errors found"}
+    status = outcomes.get(process.returncode, f"ended with status {process.returncode}")
+    text = log.read_text(errors="replace")
+    launches = re.findall(r"^(\d+) launches$", text, re.MULTILINE)
+    errors = re.findall(r"ERROR SUMMARY: (\d+) error", text)
+    found = {
+        "status": status if in_time else _STOPPED,
+        "launches": int(launches[-1]) if launches else 0,
+        "errors": int(errors[-1]) if errors else text.count("========= Invalid "),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    print(f"{tool_name}: {found}", flush=True)
+    return found | {"log": log.name}
