@@ -4,6 +4,7 @@ python -m bench                           every CPU case, within five minutes
 python -m bench attention/197 --list      what would be measured
 python -m bench layer_norm --compare HEAD~1
 python -m bench gpu                       baselines, build, GPU tests, every op, one JSON file
+python -m bench gpu --tune                the tiles of our tables, timed on this GPU
 python -m bench resources                 registers, spills, shared memory of every Triton tile
 python -m bench predict                   the roofs on an H200, as bench/notes.md has them
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bench import compare, gpu, notes, registry, report
+from bench import compare, gpu, notes, registry, report, tune
 from bench.measure import FAILED, MEASURED, NOT_RUN, Settings
 from bench.report import ROOT, Report
 from bench.run import Runner, plan
@@ -45,6 +46,7 @@ def _gpu_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="part of op/name")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results")
     parser.add_argument("--backend", default="auto", help="which of tinyclip's backends is ours")
+    parser.add_argument("--tune", action="store_true", help="time the tables' tiles instead")
     return parser
 
 
@@ -57,6 +59,8 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["gpu"]:
         options = _gpu_parser().parse_args(argv[1:])
         base = options.out or Path(os.environ.get("BENCH_OUT") or ROOT / "bench" / "results")
+        if options.tune:
+            return tune.main(options.only, base)
         return gpu.main(options.only, base, options.backend)
     if argv == ["predict"]:
         print(notes.predictions())
