@@ -1,6 +1,8 @@
 """The loop: what a run does, counts, leaves out and refuses."""
 
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -157,6 +159,37 @@ def test_too_many_broken_samples_stop_the_run(tmp_path):
             at_step=lambda s, m: seen.append(s),
         )
     assert seen[-1] == 124
+
+
+@pytest.mark.parametrize("steps", [3, 8], ids=["before an epoch's end", "in the second epoch"])
+def test_a_short_run_is_judged_at_its_end(tmp_path, steps):
+    """And a signal, which ends it earlier, does not judge: the run is to go on."""
+
+    def late(epoch: int, batch: int, row: int) -> bool:
+        return epoch * 6 + batch >= steps - 2
+
+    changes = {"loader": tiny.Memory(broken=late), "steps": steps, "max_bad_fraction": 0.2}
+    with pytest.raises(TooManyBroken, match=f"16 of {8 * steps} samples are broken"):
+        tiny.fit(tmp_path / "a", **changes)
+    assert not (tmp_path / "a" / "model").exists()
+
+    def ask(step, model):
+        if step == steps - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    changes["max_bad_fraction"] = 0.0
+    summary, _ = tiny.fit(tmp_path / "b", at_step=ask, **changes)
+    assert summary.stopped and summary.skipped_samples == 8
+
+
+def test_a_run_that_read_nothing_trained_nothing(tmp_path):
+    nothing = tiny.Memory(broken=lambda epoch, batch, row: True)
+    with pytest.raises(
+        train.TrainingError, match=r"(?s)no sample could be read in 12 steps.*broken"
+    ):
+        tiny.fit(tmp_path, loader=nothing, max_bad_fraction=1.0)
+    assert not (tmp_path / "model").exists()
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 96
 
 
 def test_an_error_of_the_data_is_raised():

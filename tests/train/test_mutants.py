@@ -150,6 +150,13 @@ MUTANTS = (
         "                    accepted.check()\n",
         "                    pass\n",
     ),
+    mutant(
+        "short runs are not judged",
+        LOOP,
+        "                _check_read(state",
+        "                (state",
+    ),
+    mutant("nothing is a sample, too", LOOP, "    if not state.samples:", "    if False:"),
     mutant("the teacher reads the student's", LOOP, "move(batch.pairs[-1])", "student"),
     mutant("the scale is let go", LOOP, "scale.requires_grad_(False).fill_", "scale.data.fill_"),
     mutant("autocast is off", LOOP, "enabled=half is not None", "enabled=False"),

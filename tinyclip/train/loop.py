@@ -76,9 +76,10 @@ def fit(
 
     Raises:
         ValueError: there is a run in the folder, and resume is None.
-        TrainingError: too many steps in a row were not finite; and on every rank, when the data
-            of one of them raised.
-        TooManyBroken (a RuntimeError): more than max_bad_fraction of the samples are broken.
+        TrainingError: too many steps in a row were not finite; no sample was read; and on every
+            rank, when the data of one of them raised.
+        TooManyBroken (a RuntimeError): more than max_bad_fraction of the samples are broken, after
+            1,000 of them, after an epoch, or at the end.
         CheckpointError (a ValueError): there is nothing sound to resume from.
         OSError: a checkpoint could not be written; those before it are as they were.
     """
@@ -147,6 +148,8 @@ def fit(
                     run.save(state, model, update, loader, ranks)
             state.seconds += clock.look()[0]
             stopped = state.step < settings.steps
+            if not stopped:
+                _check_read(state, accepted)
             if run is not None:
                 run.save(state, model, update, loader, ranks)
                 if stopped:
@@ -229,6 +232,17 @@ def _moved(batch: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tensor
 
     student = move(batch.pairs[0])
     return *student, student if len(batch.pairs) == 1 else move(batch.pairs[-1])
+
+
+def _check_read(state: State, accepted: BadSamples) -> None:
+    """At the end: a run that is shorter than an epoch has not been judged, and one that read
+    nothing has trained nothing, whatever it was told to accept."""
+    accepted.check()
+    if not state.samples:
+        raise TrainingError(
+            f"no sample could be read in {state.step} steps, and nothing was trained;"
+            f" {accepted.report()}"
+        )
 
 
 def _check_finite(update: Update, settings: Settings) -> None:
