@@ -1,6 +1,7 @@
 """Two processes against one: fit over gloo, and the command under torchrun."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,13 @@ import pytest
 import torch
 
 import tinyclip
+from tests.train import tiny
 from tests.train.test_kills import CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_all(commands: list[list[str]]) -> list[str]:
+def run_all(commands: list[list[str]], timeout: float = 150) -> list[str]:
     """What each printed; all are waited for, and none outlives the test."""
     processes = [
         subprocess.Popen(
@@ -24,7 +26,7 @@ def run_all(commands: list[list[str]]) -> list[str]:
         for command in commands
     ]  # fmt: skip
     try:
-        told = [(process, *process.communicate(timeout=150)) for process in processes]
+        told = [(process, *process.communicate(timeout=timeout)) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -60,3 +62,33 @@ def test_torchrun(tmp_path):
     print(f"worst difference {worst:.1e}")
     assert worst <= 1e-10
     assert {value.dtype for value in found[0].values()} == {torch.float64}
+
+
+def free_port() -> str:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return str(bound.getsockname()[1])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("doomed", [0, 1])
+@pytest.mark.parametrize("standalone", [True, False], ids=["standalone", "an address"])
+def test_a_killed_rank_is_started_again(tmp_path, doomed, standalone):
+    """torchrun --max-restarts: dead after step 11 with checkpoints each 4, and the end is that of
+    an uninterrupted run, bit for bit."""
+    (tmp_path / "tiny.json").write_text(CONFIG)
+    words = [
+        *("train", "--model", str(tmp_path / "tiny.json"), "--device", "cpu", "--ema", "0.9"),
+        *("--train-data", "digits:train?count=640", "--tokenizer", "digits", "--workers", "1"),
+        *("--batch-size", "8", "--steps", "20", "--warmup", "2", "--save-every-n-steps", "4"),
+        *("--logs-dir", str(tmp_path), "--resume", "latest"),
+    ]
+    place = ["--standalone"] if standalone else ["--master-port", free_port()]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launcher += [*place, "--max-restarts=2", "-m", "tests.train.restarts"]
+    (cut,) = run_all([[*launcher, str(doomed), "11", *words, "--name", "cut"]], timeout=600)
+    (whole,) = run_all([[*launcher, "none", "0", *words, "--name", "whole"]], timeout=600)
+    assert cut.count("model: ") == whole.count("model: ") == 1
+    rows = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 3  # of steps 1, 10 and 20: step 10 was made twice
+    assert tiny.fingerprint(tmp_path / "cut", 20) == tiny.fingerprint(tmp_path / "whole", 20)

@@ -57,8 +57,18 @@ def under_torchrun() -> bool:
 
 def join(device: torch.device, backend: str | None = None) -> None:
     """Enter torchrun's process group: nccl for GPUs and gloo for CPUs, unless one is named."""
-    if under_torchrun() and not dist.is_initialized():
-        dist.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"))
+    if not under_torchrun() or dist.is_initialized():
+        return
+    store, rank, world = next(dist.rendezvous("env://"))
+    # torchrun's store outlives the processes: what those of an attempt that died have told each
+    # other there, addresses above all, must not be found by the next.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend or ("nccl" if device.type == "cuda" else "gloo"),
+        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        rank=rank,
+        world_size=world,
+    )
 
 
 def leave() -> None:
