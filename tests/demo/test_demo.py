@@ -1,14 +1,17 @@
 """The demo as a user types it, made small; the claim itself is in the soak tier."""
 
 import json
+import os
 import re
+import signal
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
 import tinyclip
-from tinyclip import cli
+from tinyclip import cli, train
 from tinyclip.data.digits import captions
 from tinyclip.demo import command, runs, summary
 from tinyclip.demo.recipe import VARIANTS, Recipe, student_config, teacher_config
@@ -158,10 +161,28 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_an_earlier_demo_is_replaced(demo, tmp_path):
-    out = tmp_path / "out"
-    (out / "both-0").mkdir(parents=True)
-    (out / "both-0" / "config.json").write_text("{}")
+def test_a_signal_ends_the_demo_without_a_report(tmp_path, monkeypatch, capsys):
+    """In the second of five runs; and what is left does not stand in the way of the next demo."""
+    out, asked = tmp_path / "out", []
+
+    def fit(*args, title, at_step, **kwargs):
+        def ask(step, model):
+            at_step(step, model)
+            if title == "scratch" and step == 2 and not asked:
+                asked.append(step)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return train.fit(*args, title=title, at_step=ask, **kwargs)
+
+    monkeypatch.setattr(runs, "fit", fit)
+    monkeypatch.setattr(Recipe, "quick", lambda self: replace(TINY, noises=(0.0,)))
+    assert cli.main(["demo", "--quick", "--out", str(out)]) == 1
+    told = capsys.readouterr()
+    assert "stopped by a signal after 2 of the 3 steps of 'scratch'" in told.err
+    assert told.out == "" and not (out / "results.json").exists()
+    assert sorted(path.name for path in out.iterdir()) == ["scratch-0", "teacher-0"]
+    assert cli.main(["demo", "--quick", "--out", str(out)]) == 0
+    assert (out / "report.html").is_file()
     command._make_room(out)
     assert not out.exists()
 

@@ -25,6 +25,10 @@ Row = dict[str, Any]
 _STUDENTS = 1_000
 
 
+class Stopped(RuntimeError):
+    """A signal ended a run before its last step: there is nothing to compare."""
+
+
 class Scenes(NamedTuple):
     """Scenes as models read them: images (N, 3, 16, 32), labels (N,), what each one shows."""
 
@@ -58,6 +62,9 @@ def run_seed(
 
     Returns:
         A row of results.json a run, and the models that read right captions by name.
+
+    Raises:
+        Stopped: a signal came.
     """
     bench = Bench(seed, recipe, folder)
     count, place = 1 + len(VARIANTS) * len(recipe.noises), 1
@@ -120,8 +127,18 @@ class Bench:
         source = DigitScenes("train", noise=noise)
         loader = Loader(source, reading, batch_size=recipe.batch_size, seed=self.seed)
         folder = self.folder / f"{name}-{self.seed}{f'-noise{noise:g}' if noise else ''}"
-        run = Run(folder, preprocess=reading.preprocess, tokenizer=reading.tokenizer)
+        run = Run(
+            folder,
+            preprocess=reading.preprocess,
+            tokenizer=reading.tokenizer,
+            config={"settings": vars(settings), "model_cfg": model.config.to_dict()},
+        )
         summary = fit(model, objective, loader, settings, run=run, at_step=at_step, title=name)
+        if summary.stopped:
+            raise Stopped(
+                f"stopped by a signal after {summary.steps} of the {steps} steps of {name!r}: there"
+                " is no report; the same command begins anew"
+            )
         macs = count_macs(model.config, text_tokens=10)
         row = {
             "name": name,
