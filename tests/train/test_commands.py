@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -96,6 +97,37 @@ def test_train_resumes_and_says_what_changed(place, capsys, caplog):
     changed = [m for m in caplog.messages if " was " in m]
     assert changed == ["--steps was 8 and is 10 now", "--wd was 0.2 and is 0.1 now"]
     assert rows("a")[-1]["step"] == 10
+
+
+def test_resuming_with_other_data_of_the_same_size_is_refused(place, capsys):
+    """A caption is another one; the same data elsewhere are the same data; and a checkpoint of
+    before there were fingerprints goes on."""
+    words = ("--model", "tiny.json", "--tokenizer", "words", "--steps", "6", "--name", "a")
+    assert start("train", *words, "--train-data", "pairs.csv", "--save-every-n-steps", "4") == 0
+    checkpoint.remove(Path("a", "checkpoints", "step_00000006"))
+    table = Path("pairs.csv").read_text()
+    Path("moved").mkdir()
+    Path("images").rename("moved/images")
+    Path("moved/pairs.csv").write_text(table)
+    Path("moved/other.csv").write_text(table.replace("images/7.png,a ", "images/7.png,no ", 1))
+    again = (*words, "--resume", "latest", "--train-data")
+    assert start("train", *again, "moved/other.csv") == 1
+    assert "the data lists other samples" in capsys.readouterr().err
+    assert start("train", *again, "moved/pairs.csv") == 0
+    kept = Path("a", "checkpoints", "step_00000004")
+    checkpoint.remove(Path("a", "checkpoints", "step_00000006"))
+
+    def without(part: Path) -> None:
+        shutil.copytree(kept, part, dirs_exist_ok=True)
+        (part / checkpoint.MANIFEST).unlink()
+        training = json.loads((part / "training.json").read_text())
+        del training["data"]["samples"]
+        (part / "training.json").write_text(json.dumps(training))
+
+    checkpoint.commit(Path("a", "checkpoints", "step_00000005"), without)
+    checkpoint.remove(kept)
+    Path("a/checkpoints/step_00000005").rename(kept)
+    assert start("train", *again, "moved/other.csv") == 0
 
 
 def test_train_goes_on_from_a_folder(place):

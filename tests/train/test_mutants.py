@@ -73,8 +73,9 @@ MUTANTS = (
         "no weights", RESUMED, 'model.load_state_dict(_weights(folder / "model", model))', "pass"
     ),
     mutant("no cut of the rows", RESUMED, "_cut_after(self.folder / name, state.step)", "pass"),
-    mutant("any data will do", RESUMED, "if saved.get(name) != value", "if False"),
-    mutant("later checkpoints are ignored", RESUMED, "resolve() and later", "resolve() and False"),
+    mutant("any data will do", RESUMED, "if saved.get(name) == value or (", "if True or ("),
+    mutant("later checkpoints are ignored", RESUMED, "        if later:", "        if False:"),
+    mutant("later by name", RESUMED, "step > chosen]", "f'{step}' > f'{chosen}']"),
     mutant("leftovers stay", RESUMED, "        checkpoint.clean(self.checkpoints)\n", ""),
     mutant("no python", where("rng", "run", "generators"), "random.setstate((", "tuple(("),
     mutant("no numpy", where("rng", "run", "generators"), "np.random.set_state((", "tuple(("),

@@ -224,6 +224,11 @@ def test_resuming_from_one_checkpoint(tmp_path):
     assert [row["step"] for row in rows(tmp_path / "b")] == list(range(7, 13))
     with pytest.raises(CheckpointError, match="2 checkpoints of this run come after it"):
         tiny.fit(tmp_path / "a", str(step))
+    (tmp_path / "other").mkdir()
+    around = tmp_path / "other" / ".." / "a" / "checkpoints"
+    with pytest.raises(CheckpointError, match="2 checkpoints of this run come after it"):
+        tiny.fit(tmp_path / "a", str(around / step.name))
+    tiny.fit(tmp_path / "a", str(around / "step_00000012"))  # the newest may be named
     with pytest.raises(CheckpointError, match=r"manifest.sha256: cannot be read"):
         tiny.fit(tmp_path / "a", str(tmp_path / "nowhere"))
 

@@ -156,6 +156,10 @@ class DigitScenes(Source):
     def __len__(self) -> int:
         return self.count
 
+    def listed(self) -> tuple[str, ...]:
+        """See `Source.listed`."""
+        return (repr(self),)
+
     @property
     def classes(self) -> tuple[str, ...]:
         """All captions: zero-shot classification chooses among them."""

@@ -42,6 +42,10 @@ class ClassFolders(Source):
     def __len__(self) -> int:
         return len(self._files)
 
+    def listed(self) -> tuple[Strings | str, ...]:
+        """See `Source.listed`."""
+        return *self.classes, self._files
+
     def sample(self, index: int, turn: Turn = FIRST) -> Sample:
         """See `Source.sample`; the caption is the class's name, underscores as spaces."""
         name = self._files[index]

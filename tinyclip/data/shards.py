@@ -92,6 +92,11 @@ class Shards(Source):
         said = _captions(text, key, self.json_key if is_json else None)
         return Sample(key, decode(image, key, self.most_pixels), said)
 
+    def listed(self) -> tuple[Strings | str, ...]:
+        """See `Source.listed`: the shards' names and sizes, and the keys."""
+        shards = (f"{Path(path).name} {size}" for path, (size, _) in self._shards)
+        return *shards, self._keys
+
     def _read(self, number: int, offset: int, size: int) -> bytes:
         data = os.pread(self._file(number), size, offset)
         if len(data) < size:

@@ -4,6 +4,7 @@ A source knows its samples by index and holds no position: which index comes whe
 business. B samples of a batch, (H, W) an image's pixels, L tokens of the batch's longest caption.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tinyclip.data import draws
+from tinyclip.data.strings import Strings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -95,6 +97,21 @@ class Source:
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    def listed(self) -> tuple[Strings | str, ...]:
+        """How the samples are listed, which is the same wherever they lie: names, keys, captions;
+        nothing that a picture would be read for."""
+        return ()
+
+    def fingerprint(self) -> str:
+        """What tells these samples from others: SHA-256 of what is listed."""
+        digest = hashlib.sha256(f"{type(self).__name__} {len(self)}\0".encode())
+        for part in self.listed():
+            if isinstance(part, Strings):
+                part.hash_into(digest)
+            else:
+                digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
+        return digest.hexdigest()
 
     def sample(self, index: int, turn: Turn = FIRST) -> Sample:
         """The sample of an index from 0 to len - 1.

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterable
+from typing import Any
 
 
 class Strings:
@@ -20,6 +21,11 @@ class Strings:
         """Add one at the end."""
         self._bytes += value.encode("utf-8", "surrogateescape")
         self._ends.append(len(self._bytes))
+
+    def hash_into(self, digest: Any) -> None:
+        """Update a digest of hashlib's with all of them."""
+        digest.update(self._ends)
+        digest.update(self._bytes)
 
     def __len__(self) -> int:
         return len(self._ends) - 1

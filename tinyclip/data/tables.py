@@ -66,6 +66,10 @@ class Table(Source):
         said = caption(said, name)
         return Sample(name, read_image(self.path.parent / name, name, self.most_pixels), (said,))
 
+    def listed(self) -> tuple[Strings, ...]:
+        """See `Source.listed`."""
+        return self._images, self._captions
+
     def _separator(self, header: str, given: str | None, keys: tuple[str, str]) -> str:
         if "\0" in header or header.startswith("\udcff\udcfe"):
             raise ValueError(f"{self.path}: must be UTF-8; its first line looks like UTF-16")

@@ -64,6 +64,7 @@ class Run:
         self._reading = {"preprocess": preprocess, "tokenizer": tokenizer}
         self._keep, self._config = keep, config
         self._saved: int | None = None
+        self._samples: str | None = None
         self._board: Any = None
 
     def check_new(self, ranks: Ranks) -> None:
@@ -120,7 +121,7 @@ class Run:
                 "format": 1,
                 "state": state.to_dict(),
                 "update": update.plain(),
-                "data": _position(state.step, loader),
+                "data": self._position(state.step, loader),
                 "rng": [json.loads(text) for text in states],
             }
             try:
@@ -204,7 +205,7 @@ class Run:
     ) -> State:
         training = read_json(folder / "training.json")
         state = State(**training["state"])
-        _check_position(folder, training["data"], _position(state.step, loader))
+        _check_position(folder, training["data"], self._position(state.step, loader))
         model.load_state_dict(_weights(folder / "model", model))
         ema = _weights(folder / "ema", model) if (folder / "ema").is_dir() else None
         try:
@@ -213,9 +214,24 @@ class Run:
             raise CheckpointError(folder, str(caught)) from caught
         if len(training["rng"]) == ranks.world:
             rng.restore(training["rng"][ranks.rank])
-        if folder.parent == self.checkpoints:
+        if folder.parent.resolve() == self.checkpoints.resolve():
             self._saved = state.step
         return state
+
+    def _position(self, step: int, loader: Any) -> dict[str, Any]:
+        """Where in the data a step begins, and in which data; the same for any number of ranks."""
+        source = getattr(loader, "source", None)
+        if source is not None and self._samples is None:
+            self._samples = source.fingerprint()
+        epoch, batch = divmod(step, len(loader))
+        return {
+            "epoch": epoch,
+            "batch": batch,
+            "batches": len(loader),
+            "global_batch": getattr(loader, "global_batch", None),
+            "seed": getattr(loader, "seed", None),
+            "samples": self._samples,
+        }
 
     def _choose(self, resume: str | Path) -> Path | None:
         """The checkpoint that is meant, made sure to be whole; leftovers of a kill removed."""
@@ -224,8 +240,10 @@ class Run:
             return checkpoint.latest(self.checkpoints)
         folder = Path(resume)
         checkpoint.verify(folder)
-        later = [path for path in checkpoint.steps(self.checkpoints).values() if path > folder]
-        if folder.parent.resolve() == self.checkpoints.resolve() and later:
+        found = {path.resolve(): step for step, path in checkpoint.steps(self.checkpoints).items()}
+        chosen = found.get(folder.resolve())
+        later = [step for step in found.values() if chosen is not None and step > chosen]
+        if later:
             raise CheckpointError(
                 folder,
                 f"{len(later)} checkpoints of this run come after it: remove them, or give the new"
@@ -268,28 +286,19 @@ def environment(device: torch.device, world: int) -> dict[str, Any]:
     }
 
 
-def _position(step: int, loader: Any) -> dict[str, int | None]:
-    """Where in the data a step begins; the same for any number of ranks."""
-    epoch, batch = divmod(step, len(loader))
-    return {
-        "epoch": epoch,
-        "batch": batch,
-        "batches": len(loader),
-        "global_batch": getattr(loader, "global_batch", None),
-        "seed": getattr(loader, "seed", None),
-    }
-
-
 def _check_position(folder: Path, saved: dict[str, Any], here: dict[str, Any]) -> None:
     """Raise where going on would not read the samples that come next."""
     for name, value in here.items():
-        if saved.get(name) != value:
-            raise CheckpointError(
-                folder,
-                f"{name} of the data was {saved.get(name)} and is {value} here: the run's own data,"
-                " seed and global batch go on exactly; to train on from its weights, begin a new"
-                " run from its model folder",
-            )
+        if saved.get(name) == value or (name == "samples" and saved.get(name) is None):
+            continue  # checkpoints of before there were fingerprints have none
+        changed = f"{name} of the data was {saved.get(name)} and is {value} here"
+        if name == "samples":
+            changed = "the data lists other samples, or others of their names and captions, here"
+        raise CheckpointError(
+            folder,
+            f"{changed}: the run's own data, seed and global batch go on exactly; to train on from"
+            " its weights, begin a new run from its model folder",
+        )
 
 
 def _weights(folder: Path, model: CLIP) -> dict[str, torch.Tensor]:
