@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import shutil
 
 import pytest
@@ -41,6 +42,19 @@ def test_round_trip(tmp_path, format, activation, dtype):
     assert not back.training
     assert preprocess == models.Preprocess(ours.config.vision.image_size)
     assert not list((tmp_path / "folder").glob("*.part"))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077], ids=oct)
+@pytest.mark.parametrize("format", models.FORMATS)
+def test_the_umask_says_who_may_read(tmp_path, format, umask):
+    before = os.umask(umask)
+    try:
+        tinyclip.save(build.model(config_for(format)), tmp_path / "folder", format)
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "folder").iterdir())
+    assert len(files) >= 2
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize("layout", models.LAYOUTS)

@@ -218,7 +218,10 @@ def _replace(file: Path, write: Callable[[Path], None]) -> None:
     """Write through a second name, so that a file of the right name is always whole."""
     part = file.with_name(file.name + ".part")
     try:
+        part.touch()  # with the mode that the umask gives, which not every writer does
+        mode = part.stat().st_mode
         write(part)
+        part.chmod(mode)
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
