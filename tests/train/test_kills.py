@@ -142,6 +142,45 @@ def test_sigterm_with_workers(tmp_path, to_all):
     assert tiny.fingerprint(tmp_path / "cut", 100) == tiny.fingerprint(tmp_path / "whole", 100)
 
 
+HOLD = """
+import os, signal, sys
+from pathlib import Path
+from tests.train import tiny
+
+def at_step(step, model):
+    if step == 5:
+        if os.fork() == 0:  # as a data worker, which outlives its parent for a while
+            signal.pause()
+        print(os.getpid(), flush=True)
+        signal.pause()
+
+tiny.fit(Path(sys.argv[1]), at_step=at_step)
+"""
+
+
+def test_one_process_trains_in_a_folder(tmp_path):
+    """The second says so and changes nothing; a dead one's file does not stand in the way."""
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert int(first.stdout.readline()) == first.pid
+        (tmp_path / "checkpoints" / ".step_00000006.part").mkdir()
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match="is in use by another process, which trains there"):
+            tiny.fit(tmp_path, "latest")
+        assert sorted(tmp_path.rglob("*")) == before
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+        _, model = tiny.fit(tmp_path, "latest")
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.stdout.close()
+        first.wait()
+    assert tiny.weights(model) == tiny.weights(tiny.fit(None)[1])
+
+
 def test_handlers_are_left_alone_outside_the_main_thread():
     from threading import Thread
 

@@ -102,7 +102,7 @@ def test_what_a_folder_holds(tmp_path, caplog):
     train.fit(model, tiny.Noisy(), tiny.Memory(), tiny.settings(), run=run, progress=False)
     assert {path.name for path in tmp_path.iterdir()} == {
         *("checkpoints", "config.json", "ema", "environment.json", "metrics.jsonl"),
-        *("model", "tensorboard"),
+        *("model", "tensorboard", ".lock"),
     }
     assert list(checkpoint.steps(tmp_path / "checkpoints")) == [9, 12]
     assert json.loads((tmp_path / "config.json").read_text()) == config

@@ -11,7 +11,7 @@ import torch
 from tinyclip.demo import report
 from tinyclip.demo.recipe import Recipe
 from tinyclip.demo.runs import Row, read_scenes, run_seed
-from tinyclip.train.run import environment
+from tinyclip.train.run import LOCK, environment
 
 _SEED = 0
 
@@ -80,7 +80,11 @@ def _make_room(out: Path) -> None:
 
 def _unfinished(out: Path) -> bool:
     """Whether all there is are the runs of a demo that was interrupted."""
-    return all((path / "config.json").is_file() for path in out.iterdir())
+    return all(
+        (path / "config.json").is_file()
+        or (path.is_dir() and all(inner.name == LOCK for inner in path.iterdir()))
+        for path in out.iterdir()
+    )
 
 
 def _plain(lines: list[list[str]]) -> str:

@@ -75,7 +75,8 @@ def fit(
         `Summary`.
 
     Raises:
-        ValueError: there is a run in the folder, and resume is None.
+        ValueError: there is a run in the folder, and resume is None; or another process trains
+            there.
         TrainingError: too many steps in a row were not finite; no sample was read; and on every
             rank, when the data of one of them raised.
         TooManyBroken (a RuntimeError): more than max_bad_fraction of the samples are broken, after
@@ -86,7 +87,8 @@ def fit(
     ranks = Ranks.current()
     device, dtype = model.logit_scale.device, settings.dtypes.parameters
     model.to(dtype).train()
-    with _fixed_scale(model, settings.logit_scale), Stop() as stop:
+    held = contextlib.nullcontext() if run is None else run.locked(ranks)
+    with _fixed_scale(model, settings.logit_scale), Stop() as stop, held:
         update, state = Update(model, settings, ranks.group), State()
         if resume is not None:
             state = run.restore(resume, model, update, loader, ranks)

@@ -7,17 +7,20 @@
     RUN/tensorboard/         the rows again
     RUN/checkpoints/step_*/  model/, ema/, training.safetensors, training.json, manifest.sha256
     RUN/model/, RUN/ema/     the end: folders that `tinyclip.load` takes
+    RUN/.lock                held while a process trains there
 
 JSON and safetensors only. The first rank writes; all ranks enter `save` and `restore`.
 """
 
+import contextlib
+import fcntl
 import json
 import logging
 import math
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from tinyclip.train.ranks import Ranks
 from tinyclip.train.state import State
 from tinyclip.train.update import Update
 
+LOCK = ".lock"
 _LOG = logging.getLogger("tinyclip")
 _PACKAGES = ("tinyclip", "torch", "triton", "numpy", "pillow", "safetensors", "tokenizers")
 
@@ -66,6 +70,27 @@ class Run:
         self._saved: int | None = None
         self._samples: str | None = None
         self._board: Any = None
+
+    @contextlib.contextmanager
+    def locked(self, ranks: Ranks) -> Iterator[None]:
+        """Hold the folder: a second process that enters it raises ValueError, on all its ranks.
+
+        The system lets go of it when the process ends, however it does.
+        """
+        file = None
+        if ranks.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if any(flag for (flag,) in ranks.tell(file is not None and not _locks(file))):
+                raise ValueError(
+                    f"{self.folder} is in use by another process, which trains there: wait for its"
+                    " end, or give this run another name"
+                )
+            yield
+        finally:
+            if file is not None:
+                os.close(file)
 
     def check_new(self, ranks: Ranks) -> None:
         """Raise ValueError if there is a run in the folder: two would mix.
@@ -306,6 +331,15 @@ def _weights(folder: Path, model: CLIP) -> dict[str, torch.Tensor]:
     if loaded.config != model.config:
         raise CheckpointError(folder, "is another model than the one to be trained")
     return loaded.state_dict()
+
+
+def _locks(file: int) -> bool:
+    # Of POSIX's locks and not flock's: those would live on in the data workers of a killed process.
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def _with_weights(model: CLIP, weights: Mapping[str, torch.Tensor]) -> CLIP:

@@ -29,7 +29,7 @@ from tinyclip.models.files import read_json
 from tinyclip.train import checkpoint, options
 from tinyclip.train.loop import Summary
 from tinyclip.train.ranks import Ranks, join, leave
-from tinyclip.train.run import Run
+from tinyclip.train.run import LOCK, Run
 
 _LOG = logging.getLogger("tinyclip")
 # Of one start of the run, not of what it computes.
@@ -82,7 +82,7 @@ def run_folder(args: argparse.Namespace, model_name: str, ranks: Ranks) -> Path:
         name = time.strftime("%Y_%m_%d-%H_%M_%S-") + re.sub(r"[^\w.-]+", "_", stem)
         args.name, *_ = ranks.tell_text(name)
     folder = Path(args.logs) / args.name
-    there = folder.is_dir() and any(folder.iterdir())
+    there = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
     if any(flag for (flag,) in ranks.tell(there and args.resume is None)):
         raise ValueError(
             f"{folder} holds a run already: --resume latest goes on with it, another --name begins"
