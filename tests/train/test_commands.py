@@ -336,6 +336,53 @@ def test_distill_resumes_in_the_middle_of_a_stage(staged, monkeypatch, stage, at
     ]
 
 
+def edited(old: str, new: str) -> None:
+    text = Path("recipe.toml").read_text()
+    assert text.count(old) == 1
+    Path("recipe.toml").write_text(text.replace(old, new))
+
+
+def test_an_edited_recipe_is_said_or_refused(staged, capsys, caplog):
+    """Of the stage that runs it is said; one that is finished was made as it was."""
+    often = (*staged, "--name", "r", "--resume", "latest", "--save-every-n-steps", "2")
+    assert start("distill", *often) == 0
+    for step in (6, 8):
+        checkpoint.remove(Path("r", "small", "checkpoints", f"step_{step:08d}"))
+    caplog.clear()
+    edited("alpha = 0.5", "alpha = 0.25")
+    assert start("distill", *often) == 0
+    assert [m for m in caplog.messages if " was " in m] == [
+        "alpha of the stage was 0.5 and is 0.25 now"
+    ]
+    whole = tiny.weights(tinyclip.load("r/half/model")[0])
+    for old, new, rule in (
+        ("lr = 2e-3", "lr = 1e-3", "trained with lr 0.002 (now 0.001): say that again, or remove"),
+        ('model = "half.json"', 'model = "half.json"\nalpha = 0.7', "alpha 1.0 (now 0.7)"),
+        ("steps = 6", "epochs = 1", "epochs None (now 1), steps 6 (now None)"),
+        ('model = "half.json"', 'model = "half.json"\ninherit = "none"', "inherit previous (now"),
+    ):
+        edited(old, new)
+        assert start("distill", *often) == 1
+        told = capsys.readouterr().err
+        assert "r/half: this stage is finished" in told and rule in told
+        edited(new, old)
+    assert tiny.weights(tinyclip.load("r/half/model")[0]) == whole
+    assert start("distill", *often) == 0
+
+
+def test_flags_that_the_recipe_overrides_are_said(staged, caplog):
+    edited("steps = 6\n", "")
+    words = ("--steps", "2", "--warmup", "1", "--name", "r")
+    assert start("distill", *staged, *words) == 0
+    assert [m for m in caplog.messages if "the recipe says it" in m] == [
+        "--steps 2 is not for 'small': the recipe says it",
+        "--lr 0.001 is not for 'half', 'small': the recipe says it",
+        "--warmup 1 is not for 'small': the recipe says it",
+    ]
+    settings = json.loads(Path("r", "half", "config.json").read_text())["settings"]
+    assert (settings["steps"], settings["warmup"]) == (2, 1)
+
+
 @pytest.mark.parametrize(
     ("words", "rule"),
     [

@@ -4,11 +4,12 @@ import argparse
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tinyclip import integrations
 from tinyclip.distill import AffinityMimicking, Plan, Stage, read_plan
 from tinyclip.models import CLIP, CheckpointError, load_model
-from tinyclip.train import checkpoint, options, start
+from tinyclip.train import changes, checkpoint, options, start
 from tinyclip.train.loop import fit
 
 # What a recipe says of each stage, and the command line of the only one.
@@ -72,11 +73,16 @@ def run(args: argparse.Namespace) -> int:
             given, plan = _only_stage(args)
         if given is None:
             plan.check(teacher.model.config)
+        changes.say_overridden(args, plan)
         teacher.model.to(device)
         previous = None
         for number, stage in enumerate(plan.stages):
             place = folder / stage.name if args.recipe else folder
-            if args.resume and number < len(plan.stages) - 1 and (done := _finished(place, stage)):
+            if (
+                args.resume
+                and number < len(plan.stages) - 1
+                and (done := _finished(place, stage, changes.planned(args, stage)))
+            ):
                 previous = done.to(device)
                 continue
             start.seed(args.seed)
@@ -150,11 +156,12 @@ def _open_student(
     return start.Start(model, preprocess, tokenizer)
 
 
-def _finished(folder: Path, stage: Stage) -> CLIP | None:
+def _finished(folder: Path, stage: Stage, planned: dict[str, Any]) -> CLIP | None:
     """The student of a stage that has come to its end; None if it has not."""
     model = folder / "model"
     if not model.is_dir():
         return None
+    changes.check_finished(folder, planned)
     checkpoint.verify(model)
     found = load_model(model).model
     if found.config != stage.config:
@@ -166,8 +173,8 @@ def _distill(args, stage, student, teacher, folder, device, ranks):
     model = student.model.to(device)
     model.set_grad_checkpointing(args.grad_checkpointing)
     loader = options.make_loader(args, [student.reader, teacher.reader], ranks, device)
-    changes = {name: getattr(stage, name) for name in ("epochs", "steps", "lr", "warmup")}
-    settings = options.make_settings(args, loader, device, **changes, logit_scale=stage.logit_scale)
+    said = {name: getattr(stage, name) for name in ("epochs", "steps", "lr", "warmup")}
+    settings = options.make_settings(args, loader, device, **said, logit_scale=stage.logit_scale)
     objective = AffinityMimicking(
         teacher.model.to(settings.dtypes.parameters),
         alpha=stage.alpha,
@@ -180,6 +187,7 @@ def _distill(args, stage, student, teacher, folder, device, ranks):
         "alpha": stage.alpha,
         "teacher_scale": objective.teacher_scale,
         "inherit": stage.inherit,
+        "stage": changes.planned(args, stage),
     }
     run = start.make_run(folder, student, args, config)
     start.seed(args.seed + ranks.rank)

@@ -73,7 +73,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=float, help="passes over the data; default: 32")
     group.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
-    group.add_argument("--lr", type=float, default=5e-4, help="the peak; default: 5e-4")
+    group.add_argument("--lr", type=float, help=f"the peak; default: {Settings.lr}")
     group.add_argument(
         "--warmup", type=int, help=f"steps; default: a tenth, at most {_MOST_WARMUP}"
     )
@@ -192,6 +192,8 @@ def make_settings(
         raise ValueError("--epochs and --steps say the same thing: give one of them")
     if steps is None:
         steps = _steps(args, loader, 32.0 if epochs is None else epochs)
+    if wanted["lr"] is None:
+        wanted["lr"] = Settings.lr
     if wanted["warmup"] is None:
         wanted["warmup"] = min(_MOST_WARMUP, steps // 10)
     named = {field.name for field in dataclasses.fields(Settings)}

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import logging
 import random
 import re
@@ -26,14 +25,12 @@ from tinyclip.models import (
     list_models,
 )
 from tinyclip.models.files import read_json
-from tinyclip.train import checkpoint, options
+from tinyclip.train import changes, checkpoint, options
 from tinyclip.train.loop import Summary
 from tinyclip.train.ranks import Ranks, join, leave
 from tinyclip.train.run import LOCK, Run
 
 _LOG = logging.getLogger("tinyclip")
-# Of one start of the run, not of what it computes.
-_PASSING = ("resume", "logs", "name", "workers", "device", "keep")
 
 
 class Start(NamedTuple):
@@ -147,12 +144,8 @@ def make_run(
 ) -> Run:
     """The run's folder; a resumed run is told what is not as it was."""
     given = {name: value for name, value in vars(args).items() if name not in ("run", "traceback")}
-    before = folder / "config.json"
-    if args.resume is not None and before.is_file():
-        for name, old in read_json(before).get("arguments", {}).items():
-            new = json.loads(json.dumps(given.get(name)))
-            if new != old and name not in _PASSING:
-                _LOG.warning("--%s was %s and is %s now", name.replace("_", "-"), old, new)
+    if args.resume is not None:
+        changes.say(folder, given, config.get("stage"))
     return Run(
         folder,
         preprocess=start.preprocess,
