@@ -97,4 +97,5 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _sentence(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    lines = (line.rstrip() for line in str(error).strip().splitlines())
+    return "\n".join(line for line in lines if line) or type(error).__name__

@@ -56,13 +56,14 @@ def test_doctor_reports_an_operation_that_fails(monkeypatch):
         assert f"{name}\n  cannot be explained: {name} is unwell" in env.report()
 
 
-def test_an_error_is_one_sentence(monkeypatch, capsys):
+def test_an_error_is_a_sentence_and_keeps_its_list(monkeypatch, capsys):
     def fail(args):
-        raise ValueError("image is (3, 4);\n  it must be (M, D) with M > 3")
+        raise ValueError("2 pictures are broken; the last 2: \n  a.jpg: cut\n\n  b.jpg: empty\n")
 
     monkeypatch.setattr(env, "run", fail)
     assert cli.main(["doctor"]) == 1
-    expected = "tinyclip doctor: image is (3, 4); it must be (M, D) with M > 3\n"
+    said = "2 pictures are broken; the last 2:\n  a.jpg: cut\n  b.jpg: empty"
+    expected = f"tinyclip doctor: {said}\n"
     assert capsys.readouterr().err == expected
     assert cli.main(["--traceback", "doctor"]) == 1
     assert "Traceback" in capsys.readouterr().err

@@ -69,6 +69,13 @@ def test_too_many_stop_the_run_with_the_list():
         "  one: why\n  two: why\n  three: why"
     )
     assert (counted.read, counted.skipped) == (18, 3)
+    many = BadSamples(0.1, listed="run/skipped.jsonl")
+    with pytest.raises(TooManyBroken) as caught:
+        many.count(batch(0, *map(str, range(5000))))
+    lines = str(caught.value).split("\n")
+    assert lines[0].startswith("5000 of 5000 samples are broken") and lines[0].endswith("last 10:")
+    assert lines[1:] == [*(f"  {n}: why" for n in range(4990, 5000)),
+                         "all are listed in run/skipped.jsonl"]  # fmt: skip
 
 
 def test_the_end_of_an_epoch_judges_whatever_was_seen():

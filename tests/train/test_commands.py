@@ -168,8 +168,9 @@ def test_broken_pictures_are_named(place, capsys):
     Path("images", "5.png").write_text("<html>not found</html>")
     words = ("--model", "tiny.json", "--train-data", "pairs.csv", "--tokenizer", "words")
     assert start("train", *words, "--epochs", "2", "--name", "a") == 1
-    told = capsys.readouterr().err
-    assert "1 of 48 samples are broken" in told and "images/5.png" in told
+    *_, said, sample, where = capsys.readouterr().err.splitlines()
+    assert "1 of 48 samples are broken" in said and sample.startswith("  images/5.png: ")
+    assert where == "all are listed in a/skipped.jsonl"
     more = ("--epochs", "2", "--name", "b", "--max-bad-fraction", "0.1")
     assert start("train", *words, *more) == 0
     skipped = [json.loads(line) for line in Path("b", "skipped.jsonl").read_text().splitlines()]
@@ -184,6 +185,8 @@ def test_broken_pictures_are_named(place, capsys):
         ("--model tiny.json", "are more than the 558 of the model"),
         ("--model tiny.json --tokenizer words --epochs 1 --steps 3", "--epochs and --steps say"),
         ("--model tiny.json --tokenizer words --epochs 0", "--epochs must be a number above 0"),
+        ("--model tiny.json --tokenizer words --train-num-samples 0", "must be a positive integer"),
+        ("--model tiny.json --tokenizer words --train-num-samples -5", "positive integer, got -5"),
         ("--model tiny.json --tokenizer words --steps 3 --warmup 4", "warmup must be an integer"),
         ("--model tiny.json --tokenizer words --batch-size 64", "fewer than one batch of 64"),
         ("--model tiny.json --tokenizer words --resume latest", "--resume latest needs --name"),

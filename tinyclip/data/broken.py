@@ -16,20 +16,23 @@ class BadSamples:
         most: the fraction of samples that may be broken.
         after: how many samples must have been seen before `count` judges: of the first few, one
             broken one is a large fraction. `check` judges at any time, such as after an epoch.
-        keep: how many skipped samples are remembered, the last ones.
+        keep: how many skipped samples are remembered and reported, the last ones.
+        listed: the file that lists all of them, if there is one; only named.
 
     Raises:
         ValueError: most is not from 0 to 1, or after or keep is negative.
     """
 
-    def __init__(self, most: float = 0.01, *, after: int = 1_000, keep: int = 100):
+    def __init__(
+        self, most: float = 0.01, *, after: int = 1_000, keep: int = 10, listed: object = None
+    ):
         if not 0 <= most <= 1:
             raise ValueError(f"BadSamples: most must be from 0 to 1, got {most!r}")
         if after < 0 or keep < 1:
             raise ValueError(
                 f"BadSamples: after must be 0 or more and keep 1 or more, got {after} and {keep}"
             )
-        self.most, self.after = most, after
+        self.most, self.after, self.listed = most, after, listed
         self.read = self.skipped = 0
         self.last: deque[Skipped] = deque(maxlen=keep)
 
@@ -59,9 +62,9 @@ class BadSamples:
             )
 
     def report(self) -> str:
-        """The last broken samples, one a line, or "no broken samples"."""
+        """The last broken samples, one a line, and where all are; or "no broken samples"."""
+        where = [f"all are listed in {self.listed}"] if self.listed and self.skipped else []
         if not self.last:
-            return "no broken samples"
-        return "\n".join(
-            [f"the last {len(self.last)}:", *(f"  {key}: {reason}" for key, reason in self.last)]
-        )
+            return where[0] if where else "no broken samples"
+        last = (f"  {key}: {reason}" for key, reason in self.last)
+        return "\n".join([f"the last {len(self.last)}:", *last, *where])

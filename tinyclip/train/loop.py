@@ -98,7 +98,8 @@ def fit(
         half = settings.dtypes.autocast
         autocast = torch.autocast(device.type, half, enabled=half is not None)
         clock, before = Clock(), state.samples
-        accepted = BadSamples(settings.max_bad_fraction)
+        listed = None if run is None else run.folder / "skipped.jsonl"
+        accepted = BadSamples(settings.max_bad_fraction, listed=listed)
         accepted.read, accepted.skipped = state.samples, state.skipped_samples
         with (
             run or contextlib.nullcontext(),

@@ -188,6 +188,10 @@ def make_settings(
         wanted |= {"epochs": None, "steps": None}
     wanted |= changes
     epochs, steps = wanted.pop("epochs"), wanted.pop("steps")
+    if args.train_num_samples is not None and args.train_num_samples < 1:
+        raise ValueError(
+            f"--train-num-samples must be a positive integer, got {args.train_num_samples}"
+        )
     if epochs is not None and steps is not None:
         raise ValueError("--epochs and --steps say the same thing: give one of them")
     if steps is None:
