@@ -50,7 +50,9 @@ def main() -> None:
 
     meter = Meter(world)
     meter.watch("all_gather", lambda out, x, *_: meter.share * _bytes(out))
-    meter.watch("all_gather_into_tensor", lambda out, *_: meter.share * _bytes(out))
+    for name in ("all_gather_into_tensor", "all_gather_single"):  # the second is newer torch's
+        if hasattr(dist, name):
+            meter.watch(name, lambda out, *_: meter.share * _bytes(out))
     meter.watch("all_reduce", lambda x, *_: 2 * meter.share * _bytes(x))
     meter.watch("all_to_all_single", lambda out, x, *_: meter.share * _bytes(x))
     # open_clip's backward is a reduce-scatter on NCCL. On gloo it is an all-to-all of lists, made

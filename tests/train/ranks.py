@@ -7,6 +7,7 @@ import datetime
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -181,6 +182,8 @@ def an_error_of_one_rank_is_raised_on_all(folder: Path, rank: int, world: int) -
 def main() -> None:
     folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
+    # A deprecated collective would warn in every run, once a rank.
+    warnings.filterwarnings("error", ".*torch.distributed", FutureWarning)
     alone = {name: five_steps(tiny.Memory(**case)) for name, case in CASES.items()}
     dist.init_process_group(
         "gloo",

@@ -63,7 +63,7 @@ def _agree(text, work, t_text, alpha, needs, group) -> tuple[list[int], bool]:
     dtypes = [FLOATS.index(dtype) for dtype in (text.dtype, work)]
     mine = torch.tensor([*told, *dtypes, *teacher, alpha_bits], device=text.device)
     everyone = mine.new_empty(dist.get_world_size(group) * mine.numel())
-    dist.all_gather_into_tensor(everyone, mine, group=group)
+    _all_gather(everyone, mine, group)
     everyone = everyone.view(-1, mine.numel()).tolist()
     for name, *values in zip(_FIELDS, *(ranks[3:] for ranks in everyone), strict=True):
         if len(set(values)) > 1:
@@ -85,6 +85,12 @@ def _agree(text, work, t_text, alpha, needs, group) -> tuple[list[int], bool]:
     return counts, share_dtext
 
 
+def _all_gather(everyone: Tensor, mine: Tensor, group) -> None:
+    """Fill `everyone` with `mine` of all ranks; one of the two names is deprecated in new torch."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(everyone, mine, group=group)
+
+
 def _gather(x: Tensor, counts: list[int], group) -> Tensor:
     """The rows of all ranks, in their order; on the way padded to the most that any has."""
     most = max(counts)
@@ -93,7 +99,7 @@ def _gather(x: Tensor, counts: list[int], group) -> Tensor:
         padded = x.new_zeros(most, x.shape[1])
         padded[: x.shape[0]] = x
     everyone = x.new_empty(len(counts) * most, x.shape[1])
-    dist.all_gather_into_tensor(everyone, padded, group=group)
+    _all_gather(everyone, padded, group)
     if min(counts) == most:
         return everyone
     parts = everyone.split(most)

@@ -46,7 +46,9 @@ class Ranks:
 
     def _gather(self, mine: torch.Tensor) -> torch.Tensor:
         everyone = mine.new_empty(self.world * len(mine))
-        dist.all_gather_into_tensor(everyone, mine, group=self.control)
+        # The second is deprecated where there is the first.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(everyone, mine, group=self.control)
         return everyone.view(self.world, len(mine))
 
 
