@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 
 import pytest
@@ -260,6 +261,8 @@ def test_lines_of_progress(capsys):
     assert lines[1].startswith("trial 1/12  loss ") and lines[-1].startswith("trial 12/12  loss ")
     for word in ("samples/s", "data ", "lr ", "scale ", "clip "):
         assert word in lines[-1]
+    named = set(re.findall(r" on (\w+)", lines[0]))
+    assert all(line.endswith(f"  on {'+'.join(sorted(named))}") for line in lines[1:])
 
 
 def test_a_bar_in_a_terminal(monkeypatch, capsys):
@@ -267,3 +270,4 @@ def test_a_bar_in_a_terminal(monkeypatch, capsys):
     train.fit(tiny.model(), tiny.Noisy(), tiny.Memory(), tiny.settings(), title="trial")
     told = capsys.readouterr().err
     assert "trial: " in told and "12/12" in told and "\r" in told and "samples/s" in told
+    assert re.search(r"scale [\d.]+  on (cpu|torch)", told)

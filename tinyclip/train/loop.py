@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyclip.data import BadSamples, Batch, Skipped
-from tinyclip.train.progress import Progress, backends, described
+from tinyclip.train.progress import Progress, backends
 from tinyclip.train.ranks import Ranks
 from tinyclip.train.run import Run
 from tinyclip.train.settings import Settings
@@ -123,7 +123,7 @@ def fit(
                     with autocast:
                         if served is None:
                             served = backends(model, image, text)
-                            bar.say(f"{title}: {described(served)}")
+                            bar.serve(served)
                             if run is not None:
                                 run.begin(model, ranks, served)
                         terms = objective(*forward(image, text), pair, ranks.group)

@@ -24,7 +24,7 @@ class Progress:
 
     def __init__(self, first: int, steps: int, shown: bool, title: str = "train"):
         self._steps, self._shown, self._title, self._said = steps, shown, title, -_SECONDS
-        self._bar = None
+        self._bar, self._served = None, ""
         if shown and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -51,15 +51,21 @@ class Progress:
         elif self._shown:
             print(text, file=sys.stderr, flush=True)
 
+    def serve(self, served: Mapping[str, str | None]) -> None:
+        """Say which backend serves each operation, at length now and in short after each row."""
+        self.say(f"{self._title}: {described(served)}")
+        self._served = "  on " + "+".join(sorted({name or "none" for name in served.values()}))
+
     def show(self, row: Mapping[str, Any]) -> None:
-        """The figures of a row of metrics."""
+        """The figures of a row of metrics, and the backends in use."""
+        shown = figures(row) + self._served
         if self._bar is not None:
-            self._bar.set_postfix_str(figures(row), refresh=False)
+            self._bar.set_postfix_str(shown, refresh=False)
             return
         now = time.monotonic()
         if now - self._said >= _SECONDS or row["step"] == self._steps:
             self._said = now
-            self.say(f"{self._title} {row['step']}/{self._steps}  {figures(row)}")
+            self.say(f"{self._title} {row['step']}/{self._steps}  {shown}")
 
 
 def figures(row: Mapping[str, Any]) -> str:
