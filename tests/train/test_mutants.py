@@ -72,10 +72,46 @@ MUTANTS = (
     mutant(
         "no weights", RESUMED, 'model.load_state_dict(_weights(folder / "model", model))', "pass"
     ),
-    mutant("no cut of the rows", RESUMED, "_cut_after(self.folder / name, state.step)", "pass"),
+    mutant("no cut of the rows", RESUMED, "cut_after(self.folder / name, state.step)", "pass"),
     mutant("any data will do", RESUMED, "if saved.get(name) == value or (", "if True or ("),
     mutant("later checkpoints are ignored", RESUMED, "        if later:", "        if False:"),
     mutant("later by name", RESUMED, "step > chosen]", "f'{step}' > f'{chosen}']"),
+    mutant(
+        "other data of one size",
+        where("run", "commands", "other_data"),
+        "self._samples = source.fingerprint()",
+        "pass",
+    ),
+    mutant(
+        "two in a folder",
+        where("lock", "kills", "one_process"),
+        "        return False\n",
+        "        pass\n",
+    ),
+    mutant(
+        "workers keep the lock",
+        where("lock", "kills", "one_process"),
+        "fcntl.lockf(",
+        "fcntl.flock(",
+    ),
+    mutant(
+        "finished stages may be others",
+        where("changes", "commands", "edited"),
+        "    if changed := list(",
+        "    if changed := 0 * list(",
+    ),
+    mutant(
+        "edits are not said",
+        where("changes", "commands", "edited"),
+        "if name not in told:",
+        "if False:",
+    ),
+    mutant(
+        "overridden flags are not said",
+        where("changes", "commands", "overrides"),
+        "        if stages:",
+        "        if False:",
+    ),
     mutant("leftovers stay", RESUMED, "        checkpoint.clean(self.checkpoints)\n", ""),
     mutant("no python", where("rng", "run", "generators"), "random.setstate((", "tuple(("),
     mutant("no numpy", where("rng", "run", "generators"), "np.random.set_state((", "tuple(("),

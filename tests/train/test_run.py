@@ -1,9 +1,12 @@
 """A run's folder: what is in it, and that a run which was interrupted ends where it would have."""
 
+import errno
 import json
 import logging
+import os
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,6 +160,21 @@ def test_two_runs_do_not_mix(tmp_path):
     with pytest.raises(ValueError, match="holds a run already: resume='latest' goes on with it"):
         tiny.fit(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"metrics.jsonl could not be written: No space left"):
+        tiny.fit(tmp_path, "latest")
+
+    def write_text(path, *args, **kwargs):
+        raise full
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(OSError, match=r"environment.json could not be written: No space left"):
+        tiny.fit(tmp_path / "b")
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {".lock"}
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):

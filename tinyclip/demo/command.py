@@ -11,7 +11,8 @@ import torch
 from tinyclip.demo import report
 from tinyclip.demo.recipe import Recipe
 from tinyclip.demo.runs import Row, read_scenes, run_seed
-from tinyclip.train.run import LOCK, environment
+from tinyclip.train.lock import LOCK
+from tinyclip.train.run import environment
 
 _SEED = 0
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=int, default=1, help="how many (default: %(default)s)")
     parser.add_argument(
-        "--quick", action="store_true", help="a minute's version: it shows no claim"
+        "--quick", action="store_true", help="a version of one to two minutes: it shows no claim"
     )
     parser.add_argument(
         "--noise",

@@ -65,7 +65,7 @@ class Recipe:
     test_scenes: int | None = None
 
     def quick(self) -> "Recipe":
-        """The same in about a minute: too short for the claim, long enough to see it run."""
+        """The same in one to two minutes: too short for the claim, long enough to see it."""
         return replace(self, teacher_steps=150, student_steps=60, curve_points=6, test_scenes=1_000)
 
 

@@ -223,6 +223,10 @@ def _replace(file: Path, write: Callable[[Path], None]) -> None:
         write(part)
         part.chmod(mode)
         os.replace(part, file)
+    except OSError as error:
+        if error.filename is None:  # a full disk names no file
+            raise OSError(error.errno, f"{file} could not be written: {error.strerror}") from error
+        raise
     finally:
         part.unlink(missing_ok=True)
 

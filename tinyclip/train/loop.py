@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyclip.data import BadSamples, Batch, Skipped
+from tinyclip.train.lock import locked
 from tinyclip.train.progress import Progress, backends
 from tinyclip.train.ranks import Ranks
 from tinyclip.train.run import Run
@@ -87,7 +88,7 @@ def fit(
     ranks = Ranks.current()
     device, dtype = model.logit_scale.device, settings.dtypes.parameters
     model.to(dtype).train()
-    held = contextlib.nullcontext() if run is None else run.locked(ranks)
+    held = contextlib.nullcontext() if run is None else locked(run.folder, ranks)
     with _fixed_scale(model, settings.logit_scale), Stop() as stop, held:
         update, state = Update(model, settings, ranks.group), State()
         if resume is not None:

@@ -12,15 +12,12 @@
 JSON and safetensors only. The first rank writes; all ranks enter `save` and `restore`.
 """
 
-import contextlib
-import fcntl
 import json
 import logging
-import math
 import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,10 +28,10 @@ from tinyclip.models import CLIP, CheckpointError, Preprocess, Tokenizer, load_m
 from tinyclip.models.files import read_json, read_tensors, write_json, write_tensors
 from tinyclip.train import checkpoint, rng
 from tinyclip.train.ranks import Ranks
+from tinyclip.train.rows import append, cut_after
 from tinyclip.train.state import State
 from tinyclip.train.update import Update
 
-LOCK = ".lock"
 _LOG = logging.getLogger("tinyclip")
 _PACKAGES = ("tinyclip", "torch", "triton", "numpy", "pillow", "safetensors", "tokenizers")
 
@@ -71,27 +68,6 @@ class Run:
         self._samples: str | None = None
         self._board: Any = None
 
-    @contextlib.contextmanager
-    def locked(self, ranks: Ranks) -> Iterator[None]:
-        """Hold the folder: a second process that enters it raises ValueError, on all its ranks.
-
-        The system lets go of it when the process ends, however it does.
-        """
-        file = None
-        if ranks.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            if any(flag for (flag,) in ranks.tell(file is not None and not _locks(file))):
-                raise ValueError(
-                    f"{self.folder} is in use by another process, which trains there: wait for its"
-                    " end, or give this run another name"
-                )
-            yield
-        finally:
-            if file is not None:
-                os.close(file)
-
     def check_new(self, ranks: Ranks) -> None:
         """Raise ValueError if there is a run in the folder: two would mix.
 
@@ -118,7 +94,7 @@ class Run:
         """Add a row to metrics.jsonl and to TensorBoard's events."""
         if ranks.rank:
             return
-        _append(self.folder / "metrics.jsonl", [row])
+        append(self.folder / "metrics.jsonl", [row])
         board = self._open_board(row["step"])
         for name, value in {**row, **row["terms"]}.items() if board else ():
             if isinstance(value, (int, float)) and name != "step":
@@ -129,7 +105,7 @@ class Run:
         if ranks.rank:
             return
         rows = [{"step": step, "key": key, "reason": reason} for key, reason in samples]
-        _append(self.folder / "skipped.jsonl", rows)
+        append(self.folder / "skipped.jsonl", rows)
 
     def save(self, state: State, model: CLIP, update: Update, loader: Any, ranks: Ranks) -> None:
         """Write the checkpoint of this step, unless it is there; then drop the oldest.
@@ -222,7 +198,7 @@ class Run:
             state = self._continue(Path(chosen), model, update, loader, ranks)
         if ranks.rank == 0:
             for name in ("metrics.jsonl", "skipped.jsonl"):
-                _cut_after(self.folder / name, state.step)
+                cut_after(self.folder / name, state.step)
         return state
 
     def _continue(
@@ -333,47 +309,8 @@ def _weights(folder: Path, model: CLIP) -> dict[str, torch.Tensor]:
     return loaded.state_dict()
 
 
-def _locks(file: int) -> bool:
-    # Of POSIX's locks and not flock's: those would live on in the data workers of a killed process.
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
-
-
 def _with_weights(model: CLIP, weights: Mapping[str, torch.Tensor]) -> CLIP:
     with torch.device("meta"):
         other = CLIP(model.config, nonscalar_logit_scale=model.logit_scale.dim() == 1)
     other.load_state_dict(weights, assign=True)
     return other
-
-
-def _append(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as opened:
-        opened.writelines(json.dumps(_finite(row)) + "\n" for row in rows)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _cut_after(file: Path, step: int) -> None:
-    """Drop the rows of steps that will be made again, and a line that a kill cut short."""
-    if not file.is_file():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith("\n") and row["step"] <= step:
-            kept.append(line)
-    part = file.with_name(f".{file.name}.part")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, file)

@@ -26,9 +26,10 @@ from tinyclip.models import (
 )
 from tinyclip.models.files import read_json
 from tinyclip.train import changes, checkpoint, options
+from tinyclip.train.lock import LOCK
 from tinyclip.train.loop import Summary
 from tinyclip.train.ranks import Ranks, join, leave
-from tinyclip.train.run import LOCK, Run
+from tinyclip.train.run import Run
 
 _LOG = logging.getLogger("tinyclip")
 
