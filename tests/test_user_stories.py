@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
                     entry.size = len(data)
                     tar.addfile(entry, io.BytesIO(data))
     torch.manual_seed(0)
-    tinyclip.save(tinyclip.create_model(TEACHER), root / "ViT-B-16", "open_clip")
+    tinyclip.save(tinyclip.create_model(TEACHER), root / "teachers" / "ViT-B-16", "open_clip")
     return root
 
 
@@ -126,7 +126,7 @@ def test_the_student_is_the_published_model_and_has_learned(ran):
     student, _, tokenizer = tinyclip.load(ran / "logs" / "small" / "model")
     assert student.config == models.get_config("TinyCLIP-ViT-8M-16-Text-3M")
     assert tokenizer.vocab_size == student.vocab_size
-    teacher, _, _ = tinyclip.load(ran / "ViT-B-16")
+    teacher, _, _ = tinyclip.load(ran / "teachers" / "ViT-B-16")
     inherited = distill.inherit(teacher, student.config)
     moved = {
         name: (value - inherited.state_dict()[name]).abs().max().item()
