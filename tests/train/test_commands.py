@@ -232,6 +232,16 @@ def test_distill_inherits_and_mimics(place, monkeypatch):
     assert not torch.equal(fresh.visual.conv1.weight, small.visual.conv1.weight)
 
 
+def test_the_config_of_a_bare_teacher_is_a_file(place):
+    trained("t", "--model", "large.json")
+    Path("t/model/model.safetensors").rename("bare.safetensors")
+    words = ("--teacher", "bare.safetensors", "--teacher-tokenizer", "words", "--steps", "1")
+    words += ("--train-data", "pairs.csv", "--model", "tiny.json", "--name", "s")
+    assert start("distill", *words, "--teacher-model", "large.json") == 0
+    teacher = json.loads(Path("s", "config.json").read_text())["teacher_cfg"]
+    assert teacher["vision_cfg"]["layers"] == 4
+
+
 def test_distill_goes_through_a_stage_between(place):
     layers = {"large.json": 4, "three.json": 3, "two.json": 2}
     for name, count in layers.items():

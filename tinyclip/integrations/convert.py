@@ -7,6 +7,10 @@ import torch
 
 from tinyclip.integrations.loading import NoTokenizer, load
 from tinyclip.models import FORMATS, load_model, save
+from tinyclip.models.checkpoints import file_names
+from tinyclip.models.folders import WEIGHTS
+
+CLIP_VOCABULARY = 49_408
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,11 +31,14 @@ def run(args: argparse.Namespace) -> int:
     """Convert, read back, compare every tensor, and say what was done."""
     if args.folder.exists() and not args.force and any(args.folder.iterdir()):
         raise ValueError(f"{args.folder} holds files already; --force writes among them")
+    _check_layout(args.folder, args.format)
     model, preprocess, tokenizer = load(
         args.source, model=args.model, activation=args.activation, image_size=args.image_size
     )
-    # open_clip brings its own vocabulary, and Microsoft's code a copy of it.
-    wanted = args.format in ("tinyclip", "hf") and not isinstance(tokenizer, NoTokenizer)
+    # open_clip brings CLIP's vocabulary, and Microsoft's code a copy of it; no other one.
+    known = not isinstance(tokenizer, NoTokenizer)
+    brought = args.format in ("open_clip", "microsoft")
+    wanted = known and not (brought and tokenizer.vocab_size == CLIP_VOCABULARY)
     save(
         model,
         args.folder,
@@ -50,4 +57,23 @@ def run(args: argparse.Namespace) -> int:
         f"  {millions:.1f} M parameters, {config.activation}, image {config.vision.image_size} px,"
         f" {len(config.vision.layers)} + {len(config.text.layers)} layers; read back and equal"
     )
+    if not known:
+        print(f"  no vocabulary is written: {tokenizer.reason}")
+    elif wanted and brought:
+        print(
+            f"  its vocabulary of {tokenizer.vocab_size} tokens is written for TinyCLIP: other code"
+            " of this format reads CLIP's own"
+        )
     return 0
+
+
+def _check_layout(folder: Path, format: str) -> None:
+    """Raise where files of another layout lie, which a reader would take before the new ones."""
+    names = file_names(format)
+    every = {name for config, weights in WEIGHTS.items() for name in (config, *weights)}
+    others = sorted(name for name in every - set(names) if (folder / name).is_file())
+    if others:
+        raise ValueError(
+            f"{folder} holds a model in another layout, {', '.join(others)}, which a reader would"
+            " take for this one: remove it, or give another folder"
+        )

@@ -85,6 +85,7 @@ def _tokenizer(source: Source, model: CLIP) -> Tokenizer | NoTokenizer:
     if tokenizer.vocab_size != model.vocab_size:
         return NoTokenizer(
             f"the model's vocabulary has {model.vocab_size} tokens, the one found here"
-            f" {tokenizer.vocab_size}: give the model's own to tinyclip.get_tokenizer"
+            f" {tokenizer.vocab_size}: give the model's own, with --tokenizer (of a teacher"
+            " --teacher-tokenizer), in Python to tinyclip.get_tokenizer"
         )
     return tokenizer

@@ -46,7 +46,8 @@ def get_tokenizer(source: str | Path | None = None, context_length: int | None =
         if file is None:
             raise FileNotFoundError(
                 "get_tokenizer: no vocabulary is on this machine: install open_clip_torch, or give"
-                f" the path of tokenizer.json or {_PUBLISHED}, or the id of a model on the hub"
+                f" (--tokenizer) the path of tokenizer.json or {_PUBLISHED}, or the id of a model"
+                " on the hub"
             )
         return Tokenizer.from_path(file, context_length)
     if Path(source).exists() or isinstance(source, Path) or source.startswith((".", "/", "~")):

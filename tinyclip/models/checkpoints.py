@@ -50,7 +50,9 @@ def load_model(
     if stated is None and model is not None:
         stated, stated_by = get_config(model), Path("model=")
     elif model is not None and get_config(model) != stated:
-        raise CheckpointError(source.config_file, "is not the config that model= gives")
+        raise CheckpointError(
+            source.config_file, "is not the config that model= (--model, --teacher-model) gives"
+        )
     if stated is None:
         config = infer_config(file, state, activation=_assume(file, layout, activation))
     else:
@@ -84,7 +86,8 @@ def _assume(file: Path, layout: str, activation: str | None) -> str:
     if activation is None and layout != "microsoft":
         _LOG.warning(
             "%s does not say its activation; gelu is taken. Weights that were trained with OpenAI's"
-            " quick_gelu give wrong features then: give activation= or model=",
+            " quick_gelu give wrong features then: give activation= or model="
+            " (--activation of convert and eval, --model of convert, --teacher-model of distill)",
             file,
         )
     return activation or "gelu"
@@ -140,9 +143,7 @@ def save(
     if format != "tinyclip":
         state["logit_scale"] = state["logit_scale"].reshape(())
     layout = "open_clip" if format == "tinyclip" else format
-    name = {"hf": "config.json", "open_clip": "open_clip_config.json"}.get(format, "tinyclip.json")
-    weights = folders.WEIGHTS[name][1 if format == "microsoft" else 0]
-
+    name, weights = file_names(format)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / weights, from_canonical(state, layout))
     if format == "hf":
@@ -157,6 +158,12 @@ def save(
         tokenizer.save(folder)
         if format == "hf":
             write_json(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer"})
+
+
+def file_names(format: str) -> tuple[str, str]:
+    """Of a format's config and weights."""
+    name = {"hf": "config.json", "open_clip": "open_clip_config.json"}.get(format, "tinyclip.json")
+    return name, folders.WEIGHTS[name][1 if format == "microsoft" else 0]
 
 
 def _check_holds(config: CLIPConfig, format: str) -> None:

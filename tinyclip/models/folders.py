@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tinyclip.models.config import CLIPConfig, Layer, TextConfig, VisionConfig
 from tinyclip.models.files import CheckpointError, read_json
 from tinyclip.models.preprocess import Preprocess
+from tinyclip.models.registry import list_models
 
 # config file -> the weight files it may come with, best first
 WEIGHTS = {
@@ -78,6 +79,7 @@ def find(path: Path) -> Source:
         CheckpointError: it is neither, or its config breaks a rule.
     """
     if path.is_dir():
+        _check_no_run(path)
         for name, weights in WEIGHTS.items():
             if (path / name).is_file():
                 for weight in weights:
@@ -88,11 +90,25 @@ def find(path: Path) -> Source:
             path, f"holds none of {', '.join(WEIGHTS)}: give the weight file itself, or add one"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+        hint = "; a model's name has no weights: give a folder or a weight file"
+        said = hint if str(path) in list_models() else ""
+        raise FileNotFoundError(f"{path}: no such file or folder{said}")
     for name, weights in WEIGHTS.items():
         if path.name in weights and (path.parent / name).is_file():
             return _described(path, path.parent / name)
     return Source(path, None, None, None, None, None)
+
+
+def _check_no_run(path: Path) -> None:
+    """Raise of a run's folder: its config.json is not a model's."""
+    checkpoints = path / "checkpoints"
+    if not checkpoints.is_dir() or not (path / "environment.json").is_file():
+        return
+    model = path / "model"
+    if not model.is_dir():  # it has not come to its end
+        last = max(checkpoints.glob("step_*"), default=checkpoints / "step_XXXXXXXX")
+        model = last / "model"
+    raise CheckpointError(path, f"is the folder of a run: its model is {model}")
 
 
 def _described(weights: Path, config_file: Path) -> Source:

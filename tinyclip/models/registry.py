@@ -5,12 +5,14 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tinyclip.models.clip import CLIP
 from tinyclip.models.config import CLIPConfig
+from tinyclip.models.files import read_json
 
 # OpenAI's names for what open_clip calls *-quickgelu.
 _OPENAI = {
@@ -34,7 +36,8 @@ def _read(name: str) -> CLIPConfig:
 
 
 def get_config(model: str | Mapping[str, Any] | CLIPConfig) -> CLIPConfig:
-    """The config of a name (`list_models`, or OpenAI's own such as ``ViT-B/32``), or of JSON.
+    """The config of a name (`list_models`, or OpenAI's own such as ``ViT-B/32``), of a JSON file
+    in open_clip's vocabulary, or of what such a file holds.
 
     Raises:
         ValueError: the name is not known (near matches are given), or the JSON breaks a rule.
@@ -48,13 +51,19 @@ def get_config(model: str | Mapping[str, Any] | CLIPConfig) -> CLIPConfig:
         raise TypeError(
             f"get_config: model must be a name, a dict or a CLIPConfig, got {type(model).__name__}"
         )
+    if model.endswith(".json") and Path(model).is_file():
+        data = read_json(Path(model))
+        return get_config(data.get("model_cfg", data))
     names = list_models()
     name = _OPENAI.get(model, model)
     if name not in names:
         folded = {known.lower(): known for known in [*names, *_OPENAI]}
         near = difflib.get_close_matches(model.lower(), folded, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(repr(folded[n]) for n in near)}?" if near else ""
-        raise ValueError(f"get_config: model {model!r} is not known{hint} tinyclip.list_models()")
+        raise ValueError(
+            f"get_config: model {model!r} is not known{hint or '.'} All names are those of"
+            " tinyclip.list_models()"
+        )
     return _read(name)
 
 
@@ -69,7 +78,8 @@ def create_model(
     """A CLIP model with new weights.
 
     Args:
-        model: a name of `list_models`, a dict in open_clip's JSON vocabulary, or a config.
+        model: a name of `list_models`, a dict in open_clip's JSON vocabulary or a file of one, or a
+            config.
         activation: what the config's must be; None takes it as it is.
         nonscalar_logit_scale: ``logit_scale`` of shape (1,), which FSDP needs, instead of ().
         device, dtype: of the parameters.
