@@ -76,7 +76,7 @@ def test_kinds_are_known_by_their_names(tmp_path):
         ("a\nb", {}, FileNotFoundError, r"'a\\nb'"),
         ("", {}, ValueError, "spec must name a data set"),
         ("here.parquet", {}, ValueError, "must be a .csv, a .tsv, .tar shards, a folder"),
-        ("digits", {"kind": "dataset"}, ValueError, "kind must be one of"),
+        ("digits", {"kind": "dataset"}, ValueError, r"kind \(--dataset-type\) must be one of"),
         ("digits", {"most_pixels": 0}, ValueError, "most_pixels must be a positive integer"),
     ],
 )

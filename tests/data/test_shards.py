@@ -215,7 +215,7 @@ def test_what_is_wrong_with_a_sample_is_said(tmp_path):
     assert reasons.pop("bad") == "is no JPEG, PNG, WEBP file"
     assert reasons.pop("nil") == "is empty, 0 bytes"
     for key in ("key", "none", "number"):
-        assert reasons.pop(key) == "has no text at 'caption' of its .json"
+        assert reasons.pop(key) == "has no text at 'caption' of its .json (--json-key)"
     for key in ("torn", "deep"):
         assert reasons.pop(key).startswith("has a .json that is none")
     assert reasons.pop("a.b/c") == "has no picture: no .jpg, .jpeg, .png, .webp"

@@ -137,8 +137,14 @@ def test_rows_that_cannot_be_used_are_samples_too(tmp_path):
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("image\tcaption\n0.png\ta\n", r"no column 'filepath' \(image_key\); its columns are 'im"),
-        ("filepath\tcaption\n0.png\ta\n", r"no column 'title' \(caption_key\); its columns are 'f"),
+        (
+            "image\tcaption\n0.png\ta\n",
+            r"no column 'filepath' \(image_key, --csv-img-key\); its columns are 'im",
+        ),
+        (
+            "filepath\tcaption\n0.png\ta\n",
+            r"no column 'title' \(caption_key, --csv-caption-key\); its columns are 'f",
+        ),
         ("filepath\ttitle\ttitle\n0.png\ta\tb\n", "more than one column 'title'"),
         ("filepath title\n0.png a\n", "its columns are 'filepath title'"),
         ("", "its columns are none"),
@@ -155,7 +161,9 @@ def test_headers_that_lack_a_column(tmp_path, text, rule):
 
 def test_other_mistakes(tmp_path):
     path = table(tmp_path, "filepath\ttitle\n0.png\ta\n")
-    with pytest.raises(ValueError, match="separator must be one character, got ', '"):
+    with pytest.raises(
+        ValueError, match=r"separator must be one character \(--csv-separator\), got ', '"
+    ):
         open_data(str(path), separator=", ")
     with pytest.raises(FileNotFoundError):
         open_data(str(tmp_path / "absent.csv"))

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import tarfile
 
 import numpy as np
@@ -297,13 +298,56 @@ def test_wrong_calls(folder, classes, evaluate, tmp_path):
         (("--workers", "-1"), "--workers must be at least 0, got -1"),
         (("--templates", "all"), "'all' is no file, and none of plain, simple, openai"),
         (("--classnames", "gone.txt"), "gone.txt"),
-        (("--dataset-type", "zip"), "kind must be one of"),
+        (("--dataset-type", "zip"), "kind (--dataset-type) must be one of"),
+        (("--recall-k", "1", "0"), "--recall-k must be at least 1, got 0"),
         (("--tokenizer", str(tmp_path / "gone")), "no such file"),
         (("--device", "tpu"), "tpu"),
     ):
         status, said = evaluate(classes, *flags)
         assert status == 1 and sentence in said, said
+    for output, sentence in (
+        (tmp_path, "is a folder"),
+        (folder / "tinyclip.json" / "a", "tinyclip.json"),
+    ):
+        status, said = evaluate(tmp_path / "nothing", "--output", str(output))
+        assert status == 1 and sentence in said, said  # before anything else was looked at
     status, said = evaluate(tmp_path / "nothing")
     assert status == 1 and "no such file or folder" in said
     with pytest.raises(SystemExit):
         evaluate(classes, "--task", "linear_probe")
+
+
+def test_the_digits_vocabulary_by_name(folder, evaluate, tmp_path):
+    """As train has it: for a model without one, the same figures as with its own."""
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    for name in ("vocab.json", "merges.txt"):
+        (bare / name).unlink()
+    data = "digits:test?count=40"
+    own, _ = evaluate(data)
+    status, said = evaluate(data, "--model", str(bare))
+    assert status == 1 and "--tokenizer" in said
+    named, _ = evaluate(data, "--model", str(bare), "--tokenizer", "digits")
+    assert named["metrics"] == own["metrics"]
+
+
+def test_json_captions_and_quotes(evaluate, tmp_path):
+    """--json-key and --csv-unquoted: what the messages of a shard and a table point to."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for index in range(6):
+            written = io.BytesIO()
+            picture((40 * index, 90, 30), index).save(written, "png")
+            said = json.dumps({"text": f"colour {index}"}).encode()
+            for suffix, data in (("png", written.getvalue()), ("json", said)):
+                entry = tarfile.TarInfo(f"{index}.{suffix}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+            (tmp_path / f"{index}.png").write_bytes(written.getvalue())
+    status, said = evaluate(tmp_path / "a.tar")
+    assert status == 1 and "no text at 'caption' of its .json (--json-key)" in said
+    assert evaluate(tmp_path / "a.tar", "--json-key", "text")[0]["samples"] == 6
+    rows = [f'{index}.png\t"six {index}' for index in range(6)]
+    (tmp_path / "a.tsv").write_text("\n".join(["filepath\ttitle", *rows]) + "\n")
+    status, said = evaluate(tmp_path / "a.tsv")
+    assert status == 1 and "--csv-unquoted" in said
+    assert evaluate(tmp_path / "a.tsv", "--csv-unquoted")[0]["samples"] == 6

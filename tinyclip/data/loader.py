@@ -85,7 +85,8 @@ class Loader:
         if len(self) == 0:
             raise ValueError(
                 f"Loader: the source has {len(source)} samples, fewer than one batch of"
-                f" {self.global_batch}: lower batch_size, or give drop_last=False"
+                f" {self.global_batch}: lower batch_size (--batch-size); in Python"
+                " drop_last=False keeps what is there"
             )
 
     @property

@@ -52,7 +52,7 @@ def open_data(
         ImportError: a package is not installed; the text names the extra.
     """
     if kind not in KINDS:
-        raise ValueError(f"open_data: kind must be one of {KINDS}, got {kind!r}")
+        raise ValueError(f"open_data: kind (--dataset-type) must be one of {KINDS}, got {kind!r}")
     if not isinstance(most_pixels, int) or most_pixels < 1:
         raise ValueError(f"open_data: most_pixels must be a positive integer, got {most_pixels!r}")
     spec = str(spec)
@@ -90,7 +90,8 @@ def _kind(spec: str) -> str:
         raise FileNotFoundError(f"open_data: {spec!r}: no such file or folder")
     raise ValueError(
         f"open_data: {spec!r} must be a .csv, a .tsv, .tar shards, a folder or"
-        f" 'digits:train', or kind must say which of {KINDS[1:]} it is"
+        f" 'digits:train', or kind (--dataset-type) must say which of"
+        f" {', '.join(KINDS[1:])} it is"
     )
 
 

@@ -201,5 +201,5 @@ def _captions(data: bytes, key: str, json_key: str | None) -> tuple[str, ...]:
     said = said.get(json_key) if isinstance(said, dict) else None
     said = [said] if isinstance(said, str) else said
     if not isinstance(said, list) or not said or not all(isinstance(s, str) for s in said):
-        raise BrokenSample(key, f"has no text at {json_key!r} of its .json")
+        raise BrokenSample(key, f"has no text at {json_key!r} of its .json (--json-key)")
     return tuple(caption(s, key) for s in said)

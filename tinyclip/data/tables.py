@@ -76,7 +76,9 @@ class Table(Source):
         if given is not None:
             given = _SPELLED.get(given, given)
             if len(given) != 1:
-                raise ValueError(f"{self.path}: separator must be one character, got {given!r}")
+                raise ValueError(
+                    f"{self.path}: separator must be one character (--csv-separator), got {given!r}"
+                )
             return given
         split = {s: next(csv.reader(StringIO(header), delimiter=s), []) for s in _SEPARATORS}
         for separator, columns in split.items():
@@ -106,14 +108,15 @@ class Table(Source):
         except csv.Error as error:
             raise ValueError(
                 f"{self.path}: line {rows.line_num}: {error}; if its quotes are not meant to"
-                " enclose fields, give quoted=False"
+                " enclose fields, give --csv-unquoted (in Python quoted=False)"
             ) from error
         finally:
             csv.field_size_limit(before)
 
     def _places(self, header: list[str], keys: tuple[str, str]) -> list[int]:
         shown = ", ".join(repr(name[:100]) for name in header) or "none"
-        for name, key in zip(("image_key", "caption_key"), keys, strict=True):
+        named = ("image_key, --csv-img-key", "caption_key, --csv-caption-key")
+        for name, key in zip(named, keys, strict=True):
             if header.count(key) != 1:
                 times = "no" if key not in header else "more than one"
                 raise ValueError(

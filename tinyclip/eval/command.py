@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from tinyclip.data import BadSamples, Source, open_data
+from tinyclip.data import BadSamples, Source, digits, open_data
 from tinyclip.eval.encoding import Encoded, encode_source, encode_texts
 from tinyclip.eval.retrieval import retrieval
 from tinyclip.eval.templates import TEMPLATES, read_templates
 from tinyclip.eval.zero_shot import classification, zero_shot_classifier
 from tinyclip.integrations import get_tokenizer, load
-from tinyclip.models import CLIPConfig, get_config, list_models
+from tinyclip.models import CLIPConfig, Tokenizer, get_config, list_models
 from tinyclip.models.files import write_json
 
 CLASSIFICATION, RETRIEVAL = "zeroshot_classification", "zeroshot_retrieval"
@@ -34,7 +34,9 @@ _PRECISIONS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="a folder or file to load")
     parser.add_argument("--activation", help="of a file without a config: gelu, quick_gelu, ...")
-    parser.add_argument("--tokenizer", help="a vocabulary, where the model's folder has none")
+    parser.add_argument(
+        "--tokenizer", help="a vocabulary, where the model's folder has none, or 'digits'"
+    )
     parser.add_argument(
         "--data", required=True, help="a .csv or .tsv, tar shards, a folder a class, digits:test"
     )
@@ -42,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv-separator", help="default: found in the first line")
     parser.add_argument("--csv-img-key", default="filepath", help="default: filepath")
     parser.add_argument("--csv-caption-key", default="title", help="default: title")
+    parser.add_argument(
+        "--csv-unquoted", action="store_true", help="double quotes are characters like others"
+    )
+    parser.add_argument(
+        "--json-key", default="caption", help="of captions in shards' .json; default: caption"
+    )
     parser.add_argument(
         "--task",
         choices=("auto", CLASSIFICATION, RETRIEVAL),
@@ -81,6 +89,10 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} must be at least {least}, got {getattr(args, name)}")
+    if min(args.recall_k) < 1:
+        raise ValueError(f"--recall-k must be at least 1, got {min(args.recall_k)}")
+    if args.output is not None:
+        _check_writable(args.output)
     templates = read_templates(args.templates)
     named = None if args.classnames is None else read_classnames(args.classnames)
     source = open_data(
@@ -89,15 +101,24 @@ def run(args: argparse.Namespace) -> int:
         separator=args.csv_separator,
         image_key=args.csv_img_key,
         caption_key=args.csv_caption_key,
+        quoted=not args.csv_unquoted,
+        json_key=args.json_key,
     )
     task = args.task
     if task == "auto":
         classes = named is not None or hasattr(source, "classes")
         task = CLASSIFICATION if classes else RETRIEVAL
     model, preprocess, tokenizer = load(args.model, activation=args.activation)
-    if args.tokenizer is not None:
+    if args.tokenizer == "digits":
+        tokenizer = Tokenizer(*digits.vocabulary(), context_length=model.context_length)
+    elif args.tokenizer is not None:
         tokenizer = get_tokenizer(args.tokenizer, model.context_length)
     tokenizer([""])  # a missing vocabulary is told now, not after the pictures
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"--tokenizer: its {tokenizer.vocab_size} tokens are more than the {model.vocab_size}"
+            " of the model: give the model's own"
+        )
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: PyTorch sees no GPU here")
@@ -138,9 +159,18 @@ def run(args: argparse.Namespace) -> int:
     }
     print(_table(result))
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.output, result)
     return 0
+
+
+def _check_writable(file: Path) -> None:
+    """Raise OSError before the work and not after it."""
+    if file.is_dir():
+        raise IsADirectoryError(f"--output {file} is a folder: name a file in it")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    part.touch()
+    part.unlink()
 
 
 def check_read(data: str, encoded: Encoded, most: float) -> None:

@@ -37,6 +37,12 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--csv-img-key", default="filepath", help="default: filepath")
     group.add_argument("--csv-caption-key", default="title", help="default: title")
     group.add_argument(
+        "--csv-unquoted", action="store_true", help="double quotes are characters like others"
+    )
+    group.add_argument(
+        "--json-key", default="caption", help="of captions in shards' .json; default: caption"
+    )
+    group.add_argument(
         "--train-num-samples",
         type=int,
         help="samples that an epoch of --epochs stands for; default: all",
@@ -153,6 +159,8 @@ def make_loader(
         separator=args.csv_separator,
         image_key=args.csv_img_key,
         caption_key=args.csv_caption_key,
+        quoted=not args.csv_unquoted,
+        json_key=args.json_key,
         most_pixels=args.max_image_pixels,
     )
     return Loader(
