@@ -4,14 +4,17 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import tinyclip
 from tests.train import tiny
 from tests.train.test_kills import CONFIG
+from tinyclip.train import ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,6 +67,20 @@ def test_torchrun(tmp_path):
     assert {value.dtype for value in found[0].values()} == {torch.float64}
 
 
+def test_an_attempt_has_one_name_that_no_other_had():
+    """Over one store: also after an attempt of which some died before they were answered."""
+    store = dist.HashStore()
+    store.set("tinyclip/mark/2", "of a process that is dead")
+    names = []
+    for world in (3, 3, 2):
+        with ThreadPoolExecutor(world) as pool:
+            last_first = reversed(range(world))
+            told = [pool.submit(ranks._attempt, store, rank, world) for rank in last_first]
+            (name,) = {one.result(timeout=60) for one in told}
+        names.append(name)
+    assert len(set(names)) == 3
+
+
 def free_port() -> str:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
@@ -72,10 +89,10 @@ def free_port() -> str:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("doomed", [0, 1])
-@pytest.mark.parametrize("standalone", [True, False], ids=["standalone", "an address"])
-def test_a_killed_rank_is_started_again(tmp_path, doomed, standalone):
+@pytest.mark.parametrize("nodes", ["standalone", "an address", "two nodes"])
+def test_a_killed_rank_is_started_again(tmp_path, nodes, doomed):
     """torchrun --max-restarts: dead after step 11 with checkpoints each 4, and the end is that of
-    an uninterrupted run, bit for bit."""
+    an uninterrupted run, bit for bit. Of two nodes only the one of the dead counts a restart."""
     (tmp_path / "tiny.json").write_text(CONFIG)
     words = [
         *("train", "--model", str(tmp_path / "tiny.json"), "--device", "cpu", "--ema", "0.9"),
@@ -83,12 +100,20 @@ def test_a_killed_rank_is_started_again(tmp_path, doomed, standalone):
         *("--batch-size", "8", "--steps", "20", "--warmup", "2", "--save-every-n-steps", "4"),
         *("--logs-dir", str(tmp_path), "--resume", "latest"),
     ]
-    place = ["--standalone"] if standalone else ["--master-port", free_port()]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    launcher += [*place, "--max-restarts=2", "-m", "tests.train.restarts"]
-    (cut,) = run_all([[*launcher, str(doomed), "11", *words, "--name", "cut"]], timeout=600)
-    (whole,) = run_all([[*launcher, "none", "0", *words, "--name", "whole"]], timeout=600)
-    assert cut.count("model: ") == whole.count("model: ") == 1
+    place = {
+        "standalone": ["--standalone", "--nproc-per-node=2"],
+        "an address": ["--master-port", free_port(), "--nproc-per-node=2"],
+        "two nodes": [
+            *("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=restarts"),
+            f"--rdzv-endpoint=localhost:{free_port()}",
+        ],
+    }[nodes]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *place, "--max-restarts=2"]
+    launcher += ["-m", "tests.train.restarts"]
+    count = 2 if nodes == "two nodes" else 1
+    for name, dies in (("cut", [str(doomed), "11"]), ("whole", ["none", "0"])):
+        told = run_all([[*launcher, *dies, *words, "--name", name]] * count, timeout=600)
+        assert "".join(told).count("model: ") == 1
     rows = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == 3  # of steps 1, 10 and 20: step 10 was made twice
     assert tiny.fingerprint(tmp_path / "cut", 20) == tiny.fingerprint(tmp_path / "whole", 20)

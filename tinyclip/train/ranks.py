@@ -5,6 +5,8 @@ of them acts on it. It travels over gloo, on the host: a GPU is never waited for
 """
 
 import os
+import time
+import uuid
 from dataclasses import dataclass
 
 import torch
@@ -62,15 +64,40 @@ def join(device: torch.device, backend: str | None = None) -> None:
     if not under_torchrun() or dist.is_initialized():
         return
     store, rank, world = next(dist.rendezvous("env://"))
-    # torchrun's store outlives the processes: what those of an attempt that died have told each
-    # other there, addresses above all, must not be found by the next.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         backend or ("nccl" if device.type == "cuda" else "gloo"),
-        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        store=dist.PrefixStore(_attempt(store, rank, world), store),
         rank=rank,
         world_size=world,
     )
+
+
+def _attempt(store: "dist.Store", rank: int, world: int) -> str:
+    """A name of this attempt that all its ranks know, and none of an attempt before had.
+
+    torchrun's store outlives the processes: what those of an attempt that died told each other
+    there, addresses above all, must not be found by the next. Nothing in the environment names an
+    attempt: each node counts the restarts that itself has asked for. So each rank leaves a mark of
+    its own, and the first answers every mark it sees, old ones, too, until all have the answer.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"tinyclip/mark/{rank}", mine)
+        name = store.get(f"tinyclip/answer/{mine}").decode()
+        store.add(f"tinyclip/{name}", 1)
+        return name
+    answered: set[str] = set()
+    until = time.monotonic() + store.timeout.total_seconds()
+    while store.add(f"tinyclip/{mine}", 0) < world - 1:
+        if time.monotonic() > until:
+            raise RuntimeError(f"not all of {world} processes have come: torchrun's log says more")
+        keys = [f"tinyclip/mark/{other}" for other in range(1, world)]
+        marks = {store.get(key).decode() for key in keys if store.check([key])} - answered
+        for mark in marks:
+            store.set(f"tinyclip/answer/{mark}", mine)
+        answered |= marks
+        time.sleep(0.01)
+    return mine
 
 
 def leave() -> None:
