@@ -216,6 +216,20 @@ def test_a_mask_is_read_again_when_it_changes():
     assert pickle.loads(pickle.dumps(ours)).num_heads == H
 
 
+def test_a_mask_made_in_inference_mode():
+    """It has no version, so it is read at every call."""
+    ours, theirs = pair(batch_first=True)
+    (x,) = inputs(True)
+    with torch.inference_mode():
+        mask = causal_masks()["-inf"]
+        for _ in range(2):
+            expected = theirs(x, x, x, attn_mask=mask, need_weights=False)[0]
+            torch.testing.assert_close(ours(x, x, x, attn_mask=mask)[0], expected)
+        mask[0, 1] = 0
+        with pytest.raises(ValueError, match="attn_mask"):
+            ours(x, x, x, attn_mask=mask)
+
+
 @pytest.mark.parametrize(
     ("options", "rule"),
     [

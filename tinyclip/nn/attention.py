@@ -149,15 +149,16 @@ class MultiheadAttention(nn.Module):
             "key_mask": _key_mask(key_padding_mask),
             "head_gate": head_gate,
         }
-        if value is key and key is query:
-            out = ops.attention_qkv(self._project(query, 0, 3), **options)
-        else:
-            q = self._project(query, 0, 1).squeeze(2)
-            if value is key:
-                k, v = self._project(key, 1, 2).unbind(2)
-            else:
-                k, v = self._project(key, 1, 1).squeeze(2), self._project(value, 2, 1).squeeze(2)
-            out = ops.attention(q, k, v, **options)
+        out = attend(
+            query,
+            key,
+            value,
+            self.in_proj_weight,
+            self.in_proj_bias,
+            heads=self.num_heads,
+            batch_first=self.batch_first,
+            **options,
+        )
         if not self.batch_first:
             out = out.transpose(0, 1)
         out = F.linear(out.flatten(2), *gated(self.out_proj, out_gate))
@@ -166,17 +167,6 @@ class MultiheadAttention(nn.Module):
     @property
     def _batch_dim(self) -> int:
         return 0 if self.batch_first else 1
-
-    def _project(self, x: Tensor, first: int, count: int) -> Tensor:
-        """`count` projections from the `first` of q, k, v on: (B, L, count, H, D) by stride."""
-        rows = slice(first * self.inner_dim, (first + count) * self.inner_dim)
-        whole = count == 3
-        weight = self.in_proj_weight if whole else self.in_proj_weight[rows]
-        bias = self.in_proj_bias
-        if bias is not None and not whole:
-            bias = bias[rows]
-        x = F.linear(x, weight, bias).unflatten(-1, (count, self.num_heads, self.head_dim))
-        return x if self.batch_first else x.transpose(0, 1)
 
     def _is_causal(self, mask: Tensor, lengths: tuple[int, int]) -> bool:
         """True for the causal mask; any other raises. A mask that is unchanged is read once."""
@@ -204,6 +194,42 @@ class MultiheadAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, {self.num_heads} heads of {self.head_dim}"
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    heads: int,
+    batch_first: bool,
+    **options,
+) -> Tensor:
+    """Project with weight (3 H D, C), rows in the order q, k, v, and attend -> (B, L, H, D).
+
+    query, key, value are (B, L, C), or (L, B, C) if not batch_first; `options` go to the op. Where
+    the three are one tensor, the packed projection is taken as it is.
+    """
+    inner = weight.shape[0] // 3
+
+    def project(x: Tensor, first: int, count: int) -> Tensor:
+        """`count` projections from the `first` of q, k, v on: (B, L, count, H, D) by stride."""
+        rows = slice(first * inner, (first + count) * inner)
+        w = weight if count == 3 else weight[rows]
+        b = bias if count == 3 or bias is None else bias[rows]
+        x = F.linear(x, w, b).unflatten(-1, (count, heads, inner // heads))
+        return x if batch_first else x.transpose(0, 1)
+
+    if value is key and key is query:
+        return ops.attention_qkv(project(query, 0, 3), **options)
+    q = project(query, 0, 1).squeeze(2)
+    if value is key:
+        k, v = project(key, 1, 2).unbind(2)
+    else:
+        k, v = project(key, 1, 1).squeeze(2), project(value, 2, 1).squeeze(2)
+    return ops.attention(q, k, v, **options)
 
 
 def _key_mask(key_padding_mask: Tensor | None) -> Tensor | None:
