@@ -164,3 +164,14 @@ def test_contrastive_loss_passes_its_group_on(monkeypatch):
     group = object()
     nn.ContrastiveLoss(group=group)(None, None, 1.0)
     assert seen["group"] is group
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "relu"])
+def test_two_mlps_in_one_graph_of_any_batch(activation):
+    """A constant of the second must not be a symbol of the first one's part of the graph."""
+    torch.manual_seed(0)
+    pair = torch.nn.Sequential(nn.GELUMLP(8, 16, activation), nn.GELUMLP(8, 16, activation))
+    compiled = torch.compile(pair, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (3, 5):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(compiled(x), pair(x))

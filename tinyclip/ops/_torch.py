@@ -71,7 +71,14 @@ def attention(q, k, v, key_mask, head_gate, causal, scale):
 
 
 _GELU_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
-_QUICK = 1.702  # quick_gelu(x) is silu(1.702 x) / 1.702
+
+
+def _quick() -> float:
+    """quick_gelu(x) is silu(1.702 x) / 1.702.
+
+    No global: under dynamic=True Dynamo makes a symbol of one, and fails at the second MLP's.
+    """
+    return 1.702
 
 
 def _times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: float) -> Tensor:
@@ -88,8 +95,8 @@ def _pre_activation(kind: str, x: Tensor, w1: Tensor, b1: Tensor | None) -> Tens
     if kind != "quick_gelu" or x.dtype == torch.float16:
         return F.linear(x, w1, b1)
     if b1 is None:
-        return _times(x, w1, None, _QUICK)
-    return torch.addmm(b1, x, w1.T, beta=_QUICK, alpha=_QUICK)
+        return _times(x, w1, None, _quick())
+    return torch.addmm(b1, x, w1.T, beta=_quick(), alpha=_quick())
 
 
 def _activation(kind: str, pre: Tensor) -> tuple[Tensor, float]:
@@ -102,15 +109,15 @@ def _activation(kind: str, pre: Tensor) -> tuple[Tensor, float]:
     if kind == "quick_gelu":
         if pre.dtype == torch.float16:
             return _cast(_quick_fp16(pre)[0], pre.dtype), 1.0
-        return F.silu(pre), 1 / _QUICK
+        return F.silu(pre), 1 / _quick()
     return F.relu(pre), 1.0
 
 
 def _quick_fp16(x: Tensor) -> tuple[Tensor, Tensor]:
     """QuickGELU and its slope in fp32, of an fp16 x: 1.702 of that could overflow."""
     x = x.float()
-    s = torch.sigmoid(_QUICK * x)
-    return x * s, s + _QUICK * x * s * (1 - s)
+    s = torch.sigmoid(_quick() * x)
+    return x * s, s + _quick() * x * s * (1 - s)
 
 
 def _activation_bwd(kind: str, dout: Tensor, x: Tensor) -> Tensor:
