@@ -25,6 +25,8 @@ _PUBLIC = {
     "create_model": "tinyclip.models:create_model",
     "list_models": "tinyclip.models:list_models",
     "save": "tinyclip.models:save",
+    "accelerate": "tinyclip.integrations:accelerate",
+    "restore": "tinyclip.integrations:restore",
     "load": "tinyclip.integrations:load",
     "get_tokenizer": "tinyclip.integrations:get_tokenizer",
 }
