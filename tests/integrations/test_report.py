@@ -131,6 +131,12 @@ CALLS = {
         {"need_weights": False, "attn_mask": torch.randn(5, 5)},
         "attn_mask is not causal",
     ),
+    "causal, fewer keys": (
+        nn.MultiheadAttention(24, 3, batch_first=True),
+        (X, X[:, :3], X[:, :3]),
+        {"need_weights": False, "attn_mask": torch.ones(5, 3).triu(1) > 0, "is_causal": True},
+        "is_causal with other keys than queries",
+    ),
     "dropout": (
         nn.MultiheadAttention(24, 3, dropout=0.5),
         (X, X, X),

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -179,10 +180,9 @@ def _compare(
 ) -> Check:
     """Both ways in turn: the outputs' worst relative error, the ratio of the best times."""
     if isinstance(inputs, Mapping):
-        run = lambda: model(**inputs)  # noqa: E731
+        run = partial(model, **inputs)
     else:
-        arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-        run = lambda: model(*arguments)  # noqa: E731
+        run = partial(model, *(inputs if isinstance(inputs, tuple) else (inputs,)))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     times: dict[str, list[float]] = {"theirs": [], "ours": []}

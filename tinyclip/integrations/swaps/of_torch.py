@@ -50,9 +50,7 @@ class MultiheadAttention(Swap):
         average_attn_weights=True,
         is_causal=False,
     ):
-        options = self._options(
-            query, key_padding_mask, need_weights, attn_mask, is_causal, query is key is value
-        )
+        options = self._options(query, key, key_padding_mask, need_weights, attn_mask, is_causal)
         if isinstance(options, str):
             self._decline(options)
             return super().forward(
@@ -79,7 +77,7 @@ class MultiheadAttention(Swap):
             out = out.transpose(0, 1)
         return F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias), None
 
-    def _options(self, query, key_padding_mask, need_weights, attn_mask, is_causal, self_attention):
+    def _options(self, query, key, key_padding_mask, need_weights, attn_mask, is_causal):
         """What `ops.attention` is told, or why the host has to compute the call."""
         if need_weights and self._tinyclip.weights_read:
             return "need_weights=True, which is torch's default, stores the weights"
@@ -89,6 +87,8 @@ class MultiheadAttention(Swap):
             return "query is nested or has no batch"
         if is_causal and attn_mask is None:
             return "is_causal without attn_mask, which torch refuses"
+        if is_causal and query.shape != key.shape:
+            return "is_causal with other keys than queries"
         causal, key_mask = is_causal, None
         if attn_mask is not None and not is_causal:
             pattern = self._tinyclip.session.masks.read(attn_mask, "hidden", self.num_heads)
