@@ -9,6 +9,7 @@ from tinyclip.models.clip import CLIP
 from tinyclip.models.config import CLIPConfig, Layer, TextConfig, VisionConfig
 from tinyclip.models.cost import Macs, count_macs
 from tinyclip.models.files import CheckpointError
+from tinyclip.models.gates import Gates, TowerGates
 from tinyclip.models.layouts import LAYOUTS, from_canonical, to_canonical
 from tinyclip.models.positions import resize_positions
 from tinyclip.models.preprocess import Preprocess
@@ -21,12 +22,14 @@ __all__ = [
     "LAYOUTS",
     "CLIPConfig",
     "CheckpointError",
+    "Gates",
     "Layer",
     "Loaded",
     "Macs",
     "Preprocess",
     "TextConfig",
     "Tokenizer",
+    "TowerGates",
     "VisionConfig",
     "count_macs",
     "create_model",

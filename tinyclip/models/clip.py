@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinyclip.models.config import CLIPConfig, Layer, VisionConfig
+from tinyclip.models.gates import Gates, TowerGates
 from tinyclip.nn import LayerNorm, ResidualAttentionBlock
 
 
@@ -36,14 +37,31 @@ class Transformer(nn.Module):
             for layer in layers
         )
 
-    def forward(self, x: Tensor, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, is_causal: bool = False, gates: TowerGates | None = None
+    ) -> Tensor:
         """x (B, L, C) -> (B, L, C)."""
-        for block in self.resblocks:
+        of_layers = [{}] * len(self.resblocks) if gates is None else gates.layers()
+        for block, given in zip(self.resblocks, of_layers, strict=True):
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, is_causal=is_causal, use_reentrant=False)
+                x = checkpoint(block, x, is_causal=is_causal, use_reentrant=False, **given)
             else:
-                x = block(x, is_causal=is_causal)
+                x = block(x, is_causal=is_causal, **given)
         return x
+
+
+def _gated(x: Tensor, gates: TowerGates | None) -> tuple[Tensor, Tensor | None]:
+    """An embedding times the channels' gate; and which channels are kept."""
+    if gates is None:
+        return x, None
+    return x * gates.channels.to(x.dtype), gates.channels != 0
+
+
+def _project(x: Tensor, projection: Tensor, gates: TowerGates | None) -> Tensor:
+    """The last step of a tower: the gate multiplies the rows of the projection."""
+    if gates is not None:
+        projection = projection * gates.channels.to(projection.dtype)[:, None]
+    return x @ projection
 
 
 class VisionTransformer(nn.Module):
@@ -64,7 +82,7 @@ class VisionTransformer(nn.Module):
         self.ln_post = LayerNorm(width, eps, keep_dtype=True)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, gates: TowerGates | None = None) -> Tensor:
         """image (B, 3, height, width) -> (B, E)."""
         height, width = self.image_size
         if image.dim() != 4 or tuple(image.shape[1:]) != (3, height, width):
@@ -75,9 +93,10 @@ class VisionTransformer(nn.Module):
         x = self.conv1(image).flatten(2).transpose(1, 2)
         first = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([first, x], dim=1) + self.positional_embedding.to(x.dtype)
-        x = self.transformer(self.ln_pre(x))
+        x, kept = _gated(x, gates)
+        x = self.transformer(self.ln_pre(x, channel_mask=kept), gates=gates)
         # A norm works token by token, so only the one that is kept needs it.
-        return self.ln_post(x[:, 0]) @ self.proj
+        return _project(self.ln_post(x[:, 0], channel_mask=kept), self.proj, gates)
 
 
 class CLIP(nn.Module):
@@ -121,12 +140,16 @@ class CLIP(nn.Module):
                 nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
                 nn.init.normal_(block.mlp.c_proj.weight, std=into_stream)
 
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+    def encode_image(
+        self, image: Tensor, normalize: bool = False, gates: TowerGates | None = None
+    ) -> Tensor:
         """Embed images.
 
         Args:
             image: (B, 3, height, width) of the config's size, preprocessed, float.
             normalize: divide each row by its length.
+            gates: TinyCLIP's masks of the tower (Wu et al. 2023, section 3.2): the result is that
+                of the smaller model that `distill.prune` makes of them.
 
         Returns:
             (B, E) in the parameters' dtype, under autocast in the autocast dtype.
@@ -134,16 +157,19 @@ class CLIP(nn.Module):
         Raises:
             ValueError: the image has another shape.
         """
-        features = self.visual(image)
+        features = self.visual(image, gates)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+    def encode_text(
+        self, text: Tensor, normalize: bool = False, gates: TowerGates | None = None
+    ) -> Tensor:
         """Embed captions, pooled at the largest token id, which is the end of text.
 
         Args:
             text: (B, L) token ids, int64 or int32. L may be anything up to the context length: the
                 tower is causal, so what follows the end of a caption never counts.
             normalize: divide each row by its length.
+            gates: as in `encode_image`.
 
         Returns:
             (B, E) in the parameters' dtype, under autocast in the autocast dtype.
@@ -158,21 +184,26 @@ class CLIP(nn.Module):
             )
         x = self.token_embedding(text)
         x = x + self.positional_embedding[: text.shape[1]].to(x.dtype)
-        x = self.transformer(x, is_causal=True)
+        x, kept = _gated(x, gates)
+        x = self.transformer(x, is_causal=True, gates=gates)
         x = x[torch.arange(x.shape[0], device=x.device), text.argmax(dim=-1)]
-        features = self.ln_final(x) @ self.text_projection
+        features = _project(self.ln_final(x, channel_mask=kept), self.text_projection, gates)
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(
-        self, image: Tensor | None = None, text: Tensor | None = None
+        self,
+        image: Tensor | None = None,
+        text: Tensor | None = None,
+        gates: Gates | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """-> (image (B, E), text (B, E), scale): features L2-normalised, the scale exp'd.
 
         An input that is None gives None. The scale has the shape of ``logit_scale``.
         """
+        of_image, of_text = (None, None) if gates is None else gates
         return (
-            None if image is None else self.encode_image(image, normalize=True),
-            None if text is None else self.encode_text(text, normalize=True),
+            None if image is None else self.encode_image(image, normalize=True, gates=of_image),
+            None if text is None else self.encode_text(text, normalize=True, gates=of_text),
             self.logit_scale.exp(),
         )
 

@@ -59,21 +59,21 @@ def infer_config(
         if size < 1:
             raise CheckpointError(file, f"must not be empty, got {tuple(state[key].shape)}", key)
     head_dims = (like.vision.head_dim, like.text.head_dim) if like else (64, 64)
-    depths = (len(like.vision.layers), len(like.text.layers)) if like else (1, 1)
+    stated = (like.vision.layers, like.text.layers) if like else ((), ())
     return CLIPConfig(
         embed_dim=embed_dim,
         vision=VisionConfig(
             image_size=side * patch if len(set(grid)) == 1 else (grid[0] * patch, grid[1] * patch),
             patch_size=patch,
             width=width,
-            layers=_layers(file, state, "visual.transformer.resblocks.", head_dims[0], depths[0]),
+            layers=_layers(file, state, "visual.transformer.resblocks.", head_dims[0], stated[0]),
             head_dim=head_dims[0],
         ),
         text=TextConfig(
             context_length=context,
             vocab_size=tokens,
             width=text_width,
-            layers=_layers(file, state, "transformer.resblocks.", head_dims[1], depths[1]),
+            layers=_layers(file, state, "transformer.resblocks.", head_dims[1], stated[1]),
             head_dim=head_dims[1],
         ),
         activation=like.activation if like else activation,
@@ -92,7 +92,11 @@ def _tensor(file: Path | str, state: Mapping[str, Tensor], key: str, dimensions:
 
 
 def _layers(
-    file: Path | str, state: Mapping[str, Tensor], prefix: str, head_dim: int, depth: int
+    file: Path | str,
+    state: Mapping[str, Tensor],
+    prefix: str,
+    head_dim: int,
+    stated: tuple[Layer, ...],
 ) -> tuple[Layer, ...]:
     indices = set()
     for key in state:
@@ -101,10 +105,10 @@ def _layers(
             if match is None or int(match[1]) >= MOST_LAYERS:
                 raise CheckpointError(file, f"must be a block numbered below {MOST_LAYERS}", key)
             indices.add(int(match[1]))
-    if not indices:
+    if not indices and set(stated) != {Layer(None, None)}:
         raise CheckpointError(file, "is missing", f"{prefix}0")
     layers = []
-    for index in range(max(depth, *(index + 1 for index in indices))):
+    for index in range(max([len(stated), *(index + 1 for index in indices)])):
         heads = mlp_width = None
         key = f"{prefix}{index}.attn.in_proj_weight"
         if key in state:
