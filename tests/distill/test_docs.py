@@ -1,11 +1,16 @@
 """docs/distill.md is true: its Python runs, and its table of keys is a stage's."""
 
+import argparse
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
-from tests.distill.test_stages import PUBLISHED
-from tinyclip.distill import Stage, read_plan
+from tests.distill.test_stages import AUTOMATIC, PUBLISHED
+from tinyclip.distill import Masks, Stage, read_plan
+from tinyclip.models import get_config
+from tinyclip.train import distill_command
+from tinyclip.train.distill_command import _OF_MASKS
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "distill.md").read_text()
 
@@ -16,19 +21,36 @@ def blocks(language: str) -> list[str]:
 
 def test_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (plan,) = blocks("toml")
-    (tmp_path / "plan.toml").write_text(plan)
+    for plan in blocks("toml"):
+        name = re.match(r"# (\w+\.toml):", plan)[1]
+        (tmp_path / name).write_text(plan)
     found = blocks("python")
-    assert len(found) == 6
+    assert len(found) == 8
     space = {"__name__": "__main__"}
     for block in found:
         exec(compile(block, "docs/distill.md", "exec"), space)
 
 
-def test_the_plan_is_the_published_one(tmp_path):
-    (tmp_path / "theirs.toml").write_text(PUBLISHED)
-    (tmp_path / "ours.toml").write_text(blocks("toml")[0])
-    assert read_plan(tmp_path / "ours.toml") == read_plan(tmp_path / "theirs.toml")
+def test_the_plans_are_the_published_ones(tmp_path):
+    for ours, theirs in zip(blocks("toml"), (PUBLISHED, AUTOMATIC), strict=True):
+        (tmp_path / "theirs.toml").write_text(theirs)
+        (tmp_path / "ours.toml").write_text(ours)
+        assert read_plan(tmp_path / "ours.toml") == read_plan(tmp_path / "theirs.toml")
+
+
+def test_the_words_of_the_masks():
+    """Each key has its flag in the table, and the command is one that the parser takes."""
+    table = TEXT.partition("| flag, key |")[2].partition("\n\n")[0]
+    keys = re.findall(r"^\| `--([\w-]+)`, `(\w+)` \|", table, re.MULTILINE)
+    assert [flag.replace("-", "_") for flag, _ in keys] == [key for _, key in keys]
+    assert {key for _, key in keys} == set(_OF_MASKS)
+    (command,) = re.findall(r"^tinyclip distill (.*?)\n```", TEXT, re.MULTILINE | re.DOTALL)
+    parser = argparse.ArgumentParser()
+    distill_command.add_arguments(parser)
+    args = parser.parse_args(shlex.split(command.replace("\\\n", "")))
+    assert (args.inherit, args.sparsity, args.prune_at, args.model) == ("auto", 0.25, 3000, None)
+    masks = Masks(get_config("ViT-B-32"))
+    assert f"{sum(len(a) for a in masks.log_alphas()):,} of them" in TEXT
 
 
 def test_every_key_has_a_row():

@@ -6,10 +6,14 @@ from tests.support.mutants import Laboratory, Mutant
 
 pytestmark = pytest.mark.soak
 
-INHERIT, AFFINITY, STAGES = (
+INHERIT, AFFINITY, STAGES, MASKS, PRUNE = (
     (f"tinyclip/distill/{name}.py", (f"tests/distill/test_{name}.py",))
-    for name in ("inherit", "affinity", "stages")
+    for name in ("inherit", "affinity", "stages", "masks", "prune")
 )
+CLIP = ("tinyclip/models/clip.py", ("tests/models/test_gates.py",))
+RESUMED = (MASKS[0], ("tests/train/test_masks.py", "-k", "resumed or learns"))
+UPDATE = ("tinyclip/train/update.py", ("tests/train/test_masks.py", "-k", "resumed or refused"))
+LOOP = ("tinyclip/train/loop.py", RESUMED[1])
 RANKING, RETRIEVAL, ZERO_SHOT, ENCODING, COMMAND = (
     (f"tinyclip/eval/{name}.py", (f"tests/eval/test_{test}.py",))
     for name, test in (
@@ -74,6 +78,104 @@ MUTANTS = (
     mutant("defaults go first", STAGES, "**inherited, **table", "**table, **inherited"),
     mutant("both lengths", STAGES, 'k not in ("epochs", "steps")', "True"),
     mutant("check stops early", STAGES, "start(original, previous)", "start(original); break"),
+    mutant("no automatic copy", STAGES, "copy.deepcopy(source)", "source"),
+    mutant("always from the start", STAGES, "else self.start_sparsity", "else had"),
+    mutant("counted of itself", STAGES, "Masks(student.config, teacher)", "Masks(student.config)"),
+    mutant("sparsities may fall", STAGES, "if stage.sparsity <= reached:", "if False:"),
+    mutant(
+        "another temperature",
+        MASKS,
+        "GAMMA, ZETA, BETA, EPSILON = -0.1, 1.1, 2 / 3",
+        "GAMMA, ZETA, BETA, EPSILON = -0.1, 1.1, 1 / 3",
+    ),
+    mutant("not stretched", MASKS, "/ BETA) * (ZETA - GAMMA) + GAMMA", "/ BETA)"),
+    mutant("settled by chance of one half", MASKS, "rank >= gone", "a > 0"),
+    mutant("the largest go", MASKS, "a.argsort(stable=True)", "a.argsort(descending=True)"),
+    mutant("hard survivors", MASKS, "torch.sigmoid(0.8 * a / BETA), 0.0)", "1.0, 0.0)"),
+    mutant(
+        "no channel may stay",
+        MASKS,
+        "settled_gate(self.channels, least=1)",
+        "settled_gate(self.channels)",
+    ),
+    mutant(
+        "hidden units count once",
+        MASKS,
+        "per_head * heads + 2 * hidden",
+        "per_head * heads + hidden",
+    ),
+    mutant("heads without biases", MASKS, "(4 * original.width + 4) / original.width", "4"),
+    mutant("a two-sided constraint", MASKS, "- sparsity).clamp(min=0)", "- sparsity).abs()"),
+    mutant("no square", MASKS, "missing.square()", "missing"),
+    mutant("multipliers descend", MASKS, '"maximize": True, ', ""),
+    mutant("no bounds", MASKS, '"bounds": BOUNDS, ', ""),
+    mutant("masks follow the schedule", MASKS, ', "scheduled": False', ""),
+    mutant("masks decay", MASKS, '"weight_decay": 0.0, ', ""),
+    mutant("one mask for all steps", MASKS, "np.array([seed, step]", "np.array([seed, 0]"),
+    mutant("one mask for all seeds", RESUMED, "np.array([seed, step]", "np.array([0, step]"),
+    mutant("evaluation is random", MASKS, "if self.training else", "if True else"),
+    mutant("no ramp", RESUMED, "min(1.0, step / self.steps) if", "1.0 if"),
+    mutant(
+        "the step is not told",
+        LOOP,
+        "                    model.begin(state.step)",
+        "                    pass",
+    ),
+    mutant("the end is not pruned", LOOP, "model.finished(), update", "clip, update"),
+    mutant("masks are not restored", UPDATE, "named[name].data.copy_(value)", "pass"),
+    mutant("masks need not be there", UPDATE, "        if missing:", "        if False:"),
+    mutant("soft heads are lost", PRUNE, "(out * gate[heads].to(out.dtype)[:, None])", "out"),
+    mutant("soft hidden units are lost", PRUNE, "out * gate[hidden].to(out.dtype)", "out * 1"),
+    mutant(
+        "norms are multiplied",
+        PRUNE,
+        "start + name: self.cut(value)",
+        "start + name: self.cut(value, 0, True)",
+    ),
+    mutant(
+        "q, k and v are one",
+        PRUNE,
+        "weight = attn.in_proj_weight.unflatten(0, by_head)",
+        "weight = attn.in_proj_weight.unflatten(0, (-1, 3, self._head_dim)).transpose(0, 1)",
+    ),
+    mutant("constants are lost", PRUNE, "made[into] += constant", "pass"),
+    mutant(
+        "constants go to the last half",
+        PRUNE,
+        "                if tensors:\n",
+        "                if False:\n",
+    ),
+    mutant(
+        "constants go before ln_pre",
+        PRUNE,
+        'into = "visual.ln_pre.bias" if',
+        'into = "visual.positional_embedding" if',
+    ),
+    mutant(
+        "the projection is not multiplied",
+        CLIP,
+        "projection * gates.channels.to(projection.dtype)[:, None]",
+        "projection",
+    ),
+    mutant("ln_pre sees all channels", CLIP, "self.ln_pre(x, channel_mask=kept)", "self.ln_pre(x)"),
+    mutant(
+        "ln_post sees all channels",
+        CLIP,
+        "self.ln_post(x[:, 0], channel_mask=kept)",
+        "self.ln_post(x[:, 0])",
+    ),
+    mutant(
+        "ln_final sees all channels",
+        CLIP,
+        "self.ln_final(x, channel_mask=kept)",
+        "self.ln_final(x)",
+    ),
+    mutant(
+        "the embedding is not multiplied", CLIP, "return x * gates.channels.to(x.dtype)", "return x"
+    ),
+    mutant(
+        "recomputed without gates", CLIP, "use_reentrant=False, **given)", "use_reentrant=False)"
+    ),
     mutant("ties count", RANKING, "(scores > best)", "(scores >= best)"),
     mutant("ties do not count", RANKING, "(wrong - place).clamp_min(0)", "(wrong - wrong)"),
     mutant("fp32 products", RANKING, "(block.double() @ candidates).float()", FP32),

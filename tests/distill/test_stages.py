@@ -8,7 +8,7 @@ import torch
 
 import tinyclip
 from tests.distill.test_inherit import B32, M40, M61, random, small
-from tinyclip.distill import Plan, Stage, inherit, read_plan
+from tinyclip.distill import Plan, Ramp, Stage, inherit, prune, read_plan, sparsity_of
 from tinyclip.models import get_config
 
 PUBLISHED = f"""
@@ -25,6 +25,31 @@ model = "{M61}"
 [[stage]]
 name = "50"
 model = "{M40}"
+"""
+
+
+AUTOMATIC = """
+[defaults]
+inherit = "auto"
+epochs = 6
+lr = 1e-4
+logit_scale = 50
+sparsity_warmup = 1000
+
+[[stage]]
+name = "75"
+sparsity = 0.25
+prune_at = 3000
+
+[[stage]]
+name = "50"
+sparsity = 0.5
+prune_at = 5000
+
+[[stage]]
+name = "25"
+sparsity = 0.75
+prune_at = 8000
 """
 
 
@@ -49,6 +74,18 @@ def test_published_schedule(plan):
     found.check(get_config(B32))
     with pytest.raises(FrozenInstanceError):
         found.stages = ()
+
+
+def test_published_automatic_schedule(plan):
+    found = plan(AUTOMATIC)
+    shared = {"epochs": 6, "lr": 1e-4, "logit_scale": 50, "sparsity_warmup": 1000}
+    assert found == Plan(
+        tuple(
+            Stage(name=name, inherit="auto", sparsity=sparsity, prune_at=steps, **shared)
+            for name, sparsity, steps in (("75", 0.25, 3000), ("50", 0.5, 5000), ("25", 0.75, 8000))
+        )
+    )
+    found.check(get_config(B32))
 
 
 def test_every_key(plan, tmp_path):
@@ -132,6 +169,9 @@ def test_what_is_no_plan(plan, text, sentence):
         ("alpha = 1.5", "alpha must be a number from 0 to 1, got 1.5"),
         ("logit_scale = 'fixed'", "logit_scale must be above 0, got 'fixed'"),
         ("teacher_scale = 0", "teacher_scale must be above 0, got 0"),
+        ("sparsity = 0.5", "sparsity must be left out where inherit is not 'auto', got 0.5"),
+        ("mask_lr = 0.1", "mask_lr must be left out where inherit is not 'auto', got 0.1"),
+        ("inherit = 'auto'", "config must be left out where masks choose it, got CLIPConfig"),
         ("name = 'a/b'", "name must be letters, digits, .* got 'a/b'"),
         ("name = '../x'", "name must be letters"),
         ("name = ''", "name must be letters"),
@@ -142,6 +182,26 @@ def test_what_is_no_plan(plan, text, sentence):
 def test_what_is_no_stage(plan, text, sentence):
     with pytest.raises(ValueError, match=sentence):
         plan(f"[[stage]]\nmodel = 'ViT-B-32'\n{text}")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "stage 1: Stage: sparsity must be a number between 0 and 1, got None"),
+        ("sparsity = 1.0\nprune_at = 3", "sparsity must be a number between 0 and 1, got 1.0"),
+        ("sparsity = true\nprune_at = 3", "sparsity must be a number between 0 and 1, got True"),
+        ("sparsity = 0.5", "prune_at must be an integer from 1 on, got None"),
+        ("sparsity = 0.5\nprune_at = 0", "prune_at must be an integer from 1 on, got 0"),
+        ("sparsity = 0.5\nprune_at = 3\nwarmup = 2", "warmup must be left out .* prune_at, got 2"),
+        ("sparsity = 0.5\nprune_at = 3\nstart_sparsity = 1", "start_sparsity must be in"),
+        ("sparsity = 0.5\nprune_at = 3\nsparsity_warmup = -1", "sparsity_warmup must be an int"),
+        ("sparsity = 0.5\nprune_at = 3\nmask_lr = 0", "mask_lr must be a number above 0, got 0"),
+        ("sparsity = 0.5\nprune_at = 3\nthrough = ['ViT-B-32']", "through must be empty where ma"),
+    ],
+)
+def test_what_is_no_automatic_stage(plan, text, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        plan(f"[[stage]]\ninherit = 'auto'\n{text}")
 
 
 def test_no_file(tmp_path):
@@ -192,3 +252,48 @@ def test_where_a_stage_starts():
     assert same(start(teacher, previous, inherit="none"), fresh)
     stage = Stage(name="x", config=config)
     assert stage.start(teacher, dtype=torch.float64).logit_scale.dtype == torch.float64
+
+
+def test_an_automatic_stage_begins_with_all_of_its_source():
+    """Weights and scale of the teacher, then of the student before; trained, and of no shared
+    memory; its masks count the teacher's parameters, from what it has lost already."""
+    teacher = random(small()).eval().requires_grad_(False)
+    stage = Stage(name="x", inherit="auto", sparsity=0.5, prune_at=30)
+    first = stage.start(teacher)
+    state = teacher.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in first.state_dict().items())
+    assert first.training and all(p.requires_grad for p in first.parameters())
+    assert first.logit_scale.data_ptr() != teacher.logit_scale.data_ptr()
+    assert stage.start(teacher, dtype=torch.float64).logit_scale.dtype == torch.float64
+    masked = stage.masked(first, teacher.config, seed=4)
+    assert masked._target == Ramp(sparsity_of(small(), small()), 0.5, 10)
+    assert (masked._seed, masked._lr, masked.clip) == (4, 0.02, first)
+
+    gates = masked.masks.gates()
+    for tower in gates:
+        tower.channels[::2] = 0
+    previous = prune(first, gates)
+    had = sparsity_of(previous.config, small())
+    assert 0.4 < had < 0.7
+    later = Stage(
+        name="y", inherit="auto", sparsity=0.8, prune_at=30, start_sparsity=0.75, mask_lr=0.1,
+        sparsity_warmup=7,
+    )  # fmt: skip
+    second = later.start(teacher, previous)
+    assert second.config == previous.config
+    masked = later.masked(second, teacher.config)
+    assert masked._target == Ramp(0.75, 0.8, 7) and masked._lr == 0.1
+    assert masked.masks.sparsity().item() == pytest.approx(had, abs=1e-3)
+    with pytest.raises(ValueError, match=r"above what the student begins with, 0\.\d{4}, got 0\.4"):
+        Stage(name="z", inherit="auto", sparsity=0.4, prune_at=3).masked(second, teacher.config)
+
+
+def test_automatic_stages_go_down(plan):
+    with pytest.raises(
+        ValueError, match=r"stage '50': .* above that of the stage before, 0\.25, got"
+    ):
+        plan(AUTOMATIC.replace("sparsity = 0.5", "sparsity = 0.2")).check(get_config(B32))
+    mixed = f"[[stage]]\nmodel = '{M40}'\n[[stage]]\ninherit = 'auto'\nprune_at = 3\nsparsity = "
+    plan(mixed + "0.8").check(get_config(B32))
+    with pytest.raises(ValueError, match=r"stage 'stage-2': .* above what the student begins with"):
+        plan(mixed + "0.2").check(get_config(B32))

@@ -1,5 +1,6 @@
 """Paired times beside open_clip, in one process: the median ratio of 21 pairs, in turns."""
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import tinyclip
-from tinyclip import nn
+from tinyclip import distill, nn
 
 pytestmark = pytest.mark.soak
 open_clip = pytest.importorskip("open_clip")
@@ -74,3 +75,32 @@ def test_text_tower_at_twelve_tokens(capsys):
     with capsys.disabled():
         print(f"\ntext tower, {cut.shape[1]} tokens, ours / open_clip's at 77: 1 / {1 / ratio:.2f}")
     assert ratio <= 1 / 5
+
+
+def test_a_masked_step(capsys):
+    """Forward and backward of ViT-B-32's shapes, two layers a tower, under learned masks."""
+    layers = {"layers": 2}
+    config = {
+        "embed_dim": 512,
+        "vision_cfg": {"image_size": 224, "patch_size": 32, "width": 768, **layers},
+        "text_cfg": {"vocab_size": 1000, "width": 512, "heads": 8, **layers},
+    }
+    torch.manual_seed(0)
+    plain = tinyclip.create_model(config)
+    masks = distill.Masks(plain.config)
+    masked = distill.Masked(copy.deepcopy(plain), masks, distill.Ramp(0.0, 0.5, 10))
+    objective = masked.constrained(lambda image, text: {"loss": image.sum() + text.sum()})
+    image, text = torch.randn(8, 3, 224, 224), torch.randint(1, 999, (8, 16))
+
+    def step():
+        features = plain(image, text)
+        (features[0].sum() + features[1].sum()).backward()
+
+    def masked_step():
+        masked.begin(3)
+        objective(*masked(image, text)[:2])["loss"].backward()
+
+    ratio = median_ratio(masked_step, step)
+    with capsys.disabled():
+        print(f"\na masked step / a plain one: {ratio:.2f}")
+    assert ratio <= 1.5

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from tests.train import tiny
 from tinyclip import train
+from tinyclip.distill import Masked, Masks, Ramp
 from tinyclip.models import load_model
 from tinyclip.train import checkpoint
 from tinyclip.train.ranks import Ranks
@@ -35,6 +36,29 @@ def five_steps(loader) -> tuple[train.Summary, torch.nn.Module]:
         None, loader=loader, objective=train.Contrastive(), steps=5, precision="fp64",
         grad_clip_norm=0.5, max_bad_fraction=1.0,
     )  # fmt: skip
+
+
+def five_steps_of_masks(loader) -> Masked:
+    """Log-alphas and multipliers move by lr at each step, so that rounding would show."""
+    clip = tiny.model()
+    model = Masked(clip, Masks(clip.config), Ramp(0.2, 0.6, 3), lr=0.2, seed=9)
+    tiny.fit(
+        None, loader=loader, model=model, objective=model.constrained(train.Contrastive()), steps=5,
+        precision="fp64", max_bad_fraction=1.0, ema=None, eps=1e-4,
+    )  # fmt: skip
+    return model
+
+
+def masks_are_one_processes(alone: dict[str, Masked], rank: int, world: int) -> float:
+    worst = 0.0
+    for name, case in CASES.items():
+        model = five_steps_of_masks(tiny.Memory(rank=rank, world=world, **case))
+        same_everywhere(model)
+        for ours, theirs in zip(model.parameters(), alone[name].parameters(), strict=True):
+            worst = max(worst, (ours - theirs).abs().max().item())
+        assert worst <= EXACT, (name, worst)
+        assert model.finished().config == alone[name].finished().config
+    return worst
 
 
 def parameters_are_one_processes(alone, rank: int, world: int) -> float:
@@ -185,6 +209,7 @@ def main() -> None:
     # A deprecated collective would warn in every run, once a rank.
     warnings.filterwarnings("error", ".*torch.distributed", FutureWarning)
     alone = {name: five_steps(tiny.Memory(**case)) for name, case in CASES.items()}
+    masked = {name: five_steps_of_masks(tiny.Memory(**case)) for name, case in CASES.items()}
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'store'}",
@@ -193,6 +218,7 @@ def main() -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     worst = parameters_are_one_processes(alone, rank, world)
+    worst = max(worst, masks_are_one_processes(masked, rank, world))
     a_nan_on_one_rank_is_left_out_on_all(rank, world)
     a_resumed_run_ends_as_an_uninterrupted_one(folder, rank, world)
     a_signal_to_one_rank_stops_all(folder, rank, world)

@@ -155,7 +155,7 @@ def test_train_flags_reach_the_run(place):
     assert json.loads(Path("a", "config.json").read_text())["settings"] == {
         "steps": 6, "lr": 1e-3, "wd": 0.3, "beta1": 0.8, "beta2": 0.9, "eps": 1e-7, "warmup": 3,
         "precision": "amp_bf16", "grad_clip_norm": 5.0, "logit_scale": 50.0, "ema": 0.5,
-        "max_skipped": 7, "max_bad_fraction": 0.2, "log_every": 3, "save_every": 2,
+        "max_skipped": 7, "max_bad_fraction": 0.2, "log_every": 3, "save_every": 2, "first": 0,
         "compile": False,
     }  # fmt: skip
     assert [row["step"] for row in rows("a")] == [1, 3, 6]

@@ -201,7 +201,7 @@ MUTANTS = (
     mutant(
         "no save when asked",
         where("loop", "kills", "signal"),
-        "                run.save(state, model, update, loader, ranks)\n                if stopped",
+        "                run.save(state, clip, update, loader, ranks)\n                if stopped",
         "                if stopped",
     ),
     mutant(
@@ -245,6 +245,30 @@ MUTANTS = (
         where("options", "commands", "stages"),
         "    wanted |= changes\n",
         "",
+    ),
+    mutant(
+        "the schedule counts what another run did",
+        where("update", "masks", "begun"),
+        "step - first, settings.lr",
+        "step, settings.lr",
+    ),
+    mutant(
+        "nothing was done before",
+        where("run", "masks", "begun"),
+        "state = State(first)",
+        "state = State()",
+    ),
+    mutant(
+        "the pruned student begins at step 0",
+        where("distill_command", "auto", "learned_masks"),
+        "settings = replace(settings, first=self._stage.prune_at)",
+        "pass",
+    ),
+    mutant(
+        "masks that were begun are done",
+        where("distill_command", "auto", "uninterrupted"),
+        '(folder / "model").is_dir():',
+        "folder.is_dir():",
     ),
     mutant(
         "the batch is the global one",

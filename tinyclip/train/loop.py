@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tinyclip.data import BadSamples, Batch, Skipped
 from tinyclip.train.lock import locked
+from tinyclip.train.optimizer import clip_of
 from tinyclip.train.progress import Progress, backends
 from tinyclip.train.ranks import Ranks
 from tinyclip.train.run import Run
@@ -58,7 +59,9 @@ def fit(
     """Train `model` in place, on the device it is on, with the ranks of torch.distributed if any.
 
     Args:
-        model: a CLIP; its parameters are converted to the settings' dtype.
+        model: a CLIP, or what holds one and trains more with it, a `distill.Masked`; its parameters
+            are converted to the settings' dtype. Of the second, ``begin(step)`` is called before
+            each step, and ``finished()`` gives the model that the run ends with.
         objective: ``objective(image, text, scale, pair, group)`` of the student's L2-normalised
             features, its exp'd scale and ``batch.pairs[-1]``; gives named terms, of which "loss" is
             differentiated. Over a group its gradients must be W times the rank's share, as those
@@ -68,7 +71,7 @@ def fit(
         settings: how.
         run: a `Run`, which keeps metrics and checkpoints; None keeps nothing.
         resume: "latest", or a checkpoint's folder, of `run`; None begins at step 0.
-        at_step: called with the number of steps done and the model, after each; its time is not
+        at_step: called with the number of steps done and the CLIP, after each; its time is not
             counted.
         progress: whether the first rank shows it, under `title`.
 
@@ -85,17 +88,17 @@ def fit(
         CheckpointError (a ValueError): there is nothing sound to resume from.
         OSError: a checkpoint could not be written; those before it are as they were.
     """
-    ranks = Ranks.current()
-    device, dtype = model.logit_scale.device, settings.dtypes.parameters
+    ranks, clip = Ranks.current(), clip_of(model)
+    device, dtype = clip.logit_scale.device, settings.dtypes.parameters
     model.to(dtype).train()
     held = contextlib.nullcontext() if run is None else locked(run.folder, ranks)
-    with _fixed_scale(model, settings.logit_scale), Stop() as stop, held:
-        update, state = Update(model, settings, ranks.group), State()
+    with _fixed_scale(clip, settings.logit_scale), Stop() as stop, held:
+        update, state = Update(model, settings, ranks.group), State(settings.first)
         if resume is not None:
-            state = run.restore(resume, model, update, loader, ranks)
+            state = run.restore(resume, clip, update, loader, ranks, settings.first)
         elif run is not None:
             run.check_new(ranks)
-        forward = _wrapped(model, settings, ranks)
+        forward = _wrapped(model, device, settings, ranks)
         half = settings.dtypes.autocast
         autocast = torch.autocast(device.type, half, enabled=half is not None)
         clock, before = Clock(), state.samples
@@ -119,25 +122,28 @@ def fit(
                 if broken and run is not None:
                     run.skipped(state.step + 1, broken, ranks)
                 accepted.count(Batch((), range(rows), broken))
+                if model is not clip:
+                    model.begin(state.step)
                 if rows:
                     image, text, pair = _moved(batch, device, dtype)
                     with autocast:
                         if served is None:
-                            served = backends(model, image, text)
+                            served = backends(clip, image, text)
                             bar.serve(served)
                             if run is not None:
-                                run.begin(model, ranks, served)
+                                run.begin(clip, ranks, served)
                         terms = objective(*forward(image, text), pair, ranks.group)
                     update(state.step, terms["loss"])
                 state.step += 1
                 bar.step()
                 if state.step % len(loader) == 0:
                     accepted.check()
-                due = state.step in (1, settings.steps) or state.step % settings.log_every == 0
+                ends = (settings.first + 1, settings.steps)
+                due = state.step in ends or state.step % settings.log_every == 0
                 if device.type == "cpu" or due:
                     _check_finite(update, settings)
                 if rows and due:
-                    row = _row(state, terms, update, model, loader)
+                    row = _row(state, terms, update, clip, loader)
                     seconds, row["data_wait"] = clock.look()
                     row["samples_per_second"] = (state.samples - before) / seconds
                     before, state.seconds = state.samples, state.seconds + seconds
@@ -146,20 +152,20 @@ def fit(
                         run.metrics(row, ranks)
                 with clock.paused():
                     if at_step is not None:
-                        at_step(state.step, model)
+                        at_step(state.step, clip)
                         model.train()
                 if _save_now(state.step, settings) and run is not None:
-                    run.save(state, model, update, loader, ranks)
+                    run.save(state, clip, update, loader, ranks)
             state.seconds += clock.look()[0]
             stopped = state.step < settings.steps
             if not stopped:
                 _check_read(state, accepted)
             if run is not None:
-                run.save(state, model, update, loader, ranks)
+                run.save(state, clip, update, loader, ranks)
                 if stopped:
                     bar.say(f"{title}: asked to stop; all {state.step} steps are in {run.folder}")
                 else:
-                    run.finish(model, update, ranks)
+                    run.finish(clip if model is clip else model.finished(), update, ranks)
     losses = {name: tuple(values) for name, values in state.losses.items()}
     counts = (update.left_out()[0], state.skipped_samples)
     return Summary(state.step, state.samples, state.seconds, losses, stopped, *counts)
@@ -177,11 +183,10 @@ def _fixed_scale(model: nn.Module, logit_scale: float | None) -> Iterator[None]:
         scale.requires_grad_(trained)
 
 
-def _wrapped(model: nn.Module, settings: Settings, ranks: Ranks) -> nn.Module:
+def _wrapped(model: nn.Module, device: torch.device, settings: Settings, ranks: Ranks) -> nn.Module:
     forward = torch.compile(model) if settings.compile else model
     if ranks.group is None:
         return forward
-    device = model.logit_scale.device
     places = [device.index] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(forward, device_ids=places)
 

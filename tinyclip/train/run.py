@@ -173,13 +173,19 @@ class Run:
                 raise
 
     def restore(
-        self, resume: str | Path, model: CLIP, update: Update, loader: Any, ranks: Ranks
+        self,
+        resume: str | Path,
+        model: CLIP,
+        update: Update,
+        loader: Any,
+        ranks: Ranks,
+        first: int = 0,
     ) -> State:
         """Go on from a checkpoint.
 
         Args:
-            resume: "latest", the newest whole one of this run (a fresh `State` if there is none),
-                or the folder of one.
+            resume: "latest", the newest whole one of this run (a fresh `State` if there is none, at
+                step `first`), or the folder of one.
 
         Raises:
             CheckpointError: it is damaged, or of another model, data set or batch size.
@@ -193,7 +199,7 @@ class Run:
         chosen, *_ = ranks.tell_text(chosen)
         if any(flag for (flag,) in ranks.tell(error is not None)):
             raise error or CheckpointError(self.folder, "rank 0 found nothing sound to resume from")
-        state = State()
+        state = State(first)
         if chosen:
             state = self._continue(Path(chosen), model, update, loader, ranks)
         if ranks.rank == 0:

@@ -38,6 +38,8 @@ class Settings:
 
     Args:
         steps: optimizer steps of the whole run.
+        first: how many of them another run has made: this one begins there, in the data, too, and
+            its schedule is that of the steps that are left.
         lr: the peak; rises linearly over `warmup` steps, then falls to 0 along a cosine.
         wd: decoupled weight decay of matrices; norms, biases and the scale have none.
         beta1, beta2, eps: AdamW's.
@@ -59,6 +61,7 @@ class Settings:
     """
 
     steps: int
+    first: int = 0
     lr: float = 5e-4
     wd: float = 0.2
     beta1: float = 0.9
@@ -79,8 +82,12 @@ class Settings:
         for name in ("steps", "max_skipped", "log_every", "save_every"):
             value = getattr(self, name)
             self._check(name, value, value is None or _whole(value, 1), "a positive integer")
-        rule = f"an integer in 0..steps ({self.steps})"
-        self._check("warmup", self.warmup, _whole(self.warmup, 0, self.steps), rule)
+        rule = f"an integer in 0..steps - 1 ({self.steps - 1})"
+        self._check("first", self.first, _whole(self.first, 0, self.steps - 1), rule)
+        left = self.steps - self.first
+        what = "steps" if not self.first else "steps - first"
+        rule = f"an integer in 0..{what} ({left})"
+        self._check("warmup", self.warmup, _whole(self.warmup, 0, left), rule)
         self._check("lr", self.lr, _number(self.lr, 0.0), "a number >= 0")
         self._check("wd", self.wd, _number(self.wd, 0.0), "a number >= 0")
         self._check("eps", self.eps, _number(self.eps, 0.0), "a number >= 0")

@@ -159,7 +159,7 @@ def make_run(
 def resume_from(args: argparse.Namespace, folder: Path) -> str | None:
     """What `fit` is told; of "latest", a word when there is nothing to go on from."""
     if args.resume == "latest" and not checkpoint.steps(folder / "checkpoints"):
-        _LOG.warning("%s holds no checkpoint yet: the run begins at step 0", folder)
+        _LOG.warning("%s holds no checkpoint yet: the run begins anew", folder)
     return args.resume
 
 
