@@ -1,18 +1,22 @@
 """docs/distill.md is true: its Python runs, and its table of keys is a stage's."""
 
 import argparse
+import json
 import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
 from tests.distill.test_stages import AUTOMATIC, PUBLISHED
 from tinyclip.distill import Masks, Stage, read_plan
-from tinyclip.models import get_config
+from tinyclip.models import create_model, get_config
 from tinyclip.train import distill_command
 from tinyclip.train.distill_command import _OF_MASKS
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "distill.md").read_text()
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TEXT = (DOCS / "distill.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -51,6 +55,24 @@ def test_the_words_of_the_masks():
     assert (args.inherit, args.sparsity, args.prune_at, args.model) == ("auto", 0.25, 3000, None)
     masks = Masks(get_config("ViT-B-32"))
     assert f"{sum(len(a) for a in masks.log_alphas()):,} of them" in TEXT
+
+
+def test_the_figures_are_of_the_run():
+    """Each row of the table, and what the sentences around it say."""
+    found = json.loads((DOCS / "figures" / "auto.json").read_text())
+    rows = {row["name"]: row for row in found["runs"]}
+    for name, row in rows.items():
+        shares = f"{row['zero_shot_exact']:.1%} | {1 - row['sparsity']:.1%}"
+        assert f"| {name} | {shares} | {row['parameters']:,} | {row['macs'] / 1e6:.2f} |" in TEXT
+        made = create_model(row["config"], device="meta")
+        assert sum(p.numel() for p in made.parameters()) == row["parameters"]
+    assert [row["seed"] for row in found["runs"]] == [0, 0, 0]
+    assert (found["steps"], found["batch"], found["prune_at"]) == (400, 128, 200)
+    assert found["mask_lr"] == 0.05
+    auto, manual = rows["auto"], rows["manual"]
+    assert auto["zero_shot_exact"] == pytest.approx(manual["zero_shot_exact"], abs=0.005)
+    assert auto["macs"] < 0.92 * manual["macs"] and auto["sparsity"] > manual["sparsity"]
+    assert f"{manual['sparsity']:.3f}" == "0.751"
 
 
 def test_every_key_has_a_row():
