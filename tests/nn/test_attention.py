@@ -192,18 +192,6 @@ def test_in_torchs_encoder_layer():
         torch.testing.assert_close(layer(x), expected)
 
 
-def test_a_mask_made_in_inference_mode():
-    ours, _ = pair(batch_first=True)
-    (x,) = inputs(True)
-    with torch.inference_mode():
-        mask = causal_masks()["bool"]
-        out = ours(x, x, x, attn_mask=mask)[0]
-        mask[0, 1] = False
-        with pytest.raises(ValueError, match="attn_mask"):
-            ours(x, x, x, attn_mask=mask)
-    torch.testing.assert_close(out, ours(x, x, x, is_causal=True)[0])
-
-
 def test_a_mask_is_read_again_when_it_changes():
     ours, _ = pair(batch_first=True)
     (x,) = inputs(True)
