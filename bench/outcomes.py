@@ -8,10 +8,18 @@ import json
 import os
 from pathlib import Path
 
+_in_worker = False
+
+
+def pytest_configure(config):
+    # Its reports reach the process that started it, which writes them. The environment does not
+    # tell: a worker's own child inherits what is there.
+    global _in_worker
+    _in_worker = hasattr(config, "workerinput")
+
 
 def _write(**line: object) -> None:
-    # a worker's reports reach the process that started it, which writes them
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    if not _in_worker:
         with Path(os.environ["GPU_TESTS_OUTCOMES"]).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
