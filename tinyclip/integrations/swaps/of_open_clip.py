@@ -3,25 +3,22 @@
 Letters: B batch, L tokens, H heads, D head dim, C channels.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
 from tinyclip import ops
-from tinyclip.integrations.swaps.base import Swap, where
+from tinyclip.integrations.swaps.base import Swap
 from tinyclip.integrations.swaps.of_torch import (
     OTHER_MASK,
     KeepsDtype,
+    PackedAttention,
     added,
-    dropout_limit,
     dropped,
 )
 
 
-class Attention(Swap):
+class Attention(PackedAttention):
     """open_clip's own Attention, of its custom blocks, by `ops.attention_qkv`."""
-
-    option = "attention"
 
     @classmethod
     def why_not(cls, module):
@@ -30,19 +27,6 @@ class Attention(Swap):
         if not isinstance(module.ln_q, nn.Identity) or not isinstance(module.ln_k, nn.Identity):
             return "qk_norm"
         return "scale_heads" if module.head_scale is not None else None
-
-    @classmethod
-    def limit(cls, module):
-        return dropout_limit(module.attn_drop.p)
-
-    @classmethod
-    def example(cls, module):
-        packed = torch.empty(2, 50, 3, module.num_heads, module.head_dim, **where(module))
-        return "attention_qkv", (packed.requires_grad_(),), {}
-
-    @classmethod
-    def detail(cls, module):
-        return f"attention, {module.num_heads} heads of {module.head_dim}"
 
     def forward(self, x, attn_mask=None):
         causal, key_mask = False, None

@@ -3,17 +3,16 @@
 Letters: B batch, L tokens, H heads, D head dim, C channels.
 """
 
-import torch
 from torch import nn
 
 from tinyclip import ops
-from tinyclip.integrations.swaps.base import Swap, where
+from tinyclip.integrations.swaps.base import Swap
 from tinyclip.integrations.swaps.of_torch import (
     MLP,
     OTHER_MASK,
     KeepsDtype,
+    PackedAttention,
     added,
-    dropout_limit,
     dropped,
     normalised,
     twin_dtype,
@@ -21,29 +20,14 @@ from tinyclip.integrations.swaps.of_torch import (
 from tinyclip.integrations.swaps.of_torch import LayerNorm as TorchLayerNorm
 
 
-class Attention(Swap):
+class Attention(PackedAttention):
     """timm's Attention by `ops.attention_qkv`; norm, gate and projections are called as modules."""
-
-    option = "attention"
 
     @classmethod
     def why_not(cls, module):
         if not isinstance(module.q_norm, nn.Identity) or not isinstance(module.k_norm, nn.Identity):
             return "qk_norm"
         return None
-
-    @classmethod
-    def limit(cls, module):
-        return dropout_limit(module.attn_drop.p)
-
-    @classmethod
-    def example(cls, module):
-        packed = torch.empty(2, 50, 3, module.num_heads, module.head_dim, **where(module))
-        return "attention_qkv", (packed.requires_grad_(),), {}
-
-    @classmethod
-    def detail(cls, module):
-        return f"attention, {module.num_heads} heads of {module.head_dim}"
 
     def forward(self, x, attn_mask=None, is_causal=False):
         causal, key_mask = is_causal, None

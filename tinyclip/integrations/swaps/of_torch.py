@@ -13,10 +13,31 @@ from tinyclip.integrations.swaps.base import Session, State, Swap, has_hooks, is
 from tinyclip.nn.attention import attend
 
 
-class MultiheadAttention(Swap):
-    """torch.nn.MultiheadAttention by `ops.attention_qkv`, cross-attention by `ops.attention`."""
+class PackedAttention(Swap):
+    """What attentions that project q, k and v at once share; the dropout is open_clip's, timm's."""
 
     option = "attention"
+
+    @classmethod
+    def dropout_of(cls, module: nn.Module) -> float:
+        return module.attn_drop.p
+
+    @classmethod
+    def limit(cls, module):
+        return dropout_limit(cls.dropout_of(module))
+
+    @classmethod
+    def example(cls, module):
+        packed = torch.empty(2, 50, 3, module.num_heads, module.head_dim, **where(module))
+        return "attention_qkv", (packed.requires_grad_(),), {}
+
+    @classmethod
+    def detail(cls, module):
+        return f"attention, {module.num_heads} heads of {module.head_dim}"
+
+
+class MultiheadAttention(PackedAttention):
+    """torch.nn.MultiheadAttention by `ops.attention_qkv`, cross-attention by `ops.attention`."""
 
     @classmethod
     def why_not(cls, module):
@@ -27,17 +48,8 @@ class MultiheadAttention(Swap):
         return "add_zero_attn" if module.add_zero_attn else None
 
     @classmethod
-    def limit(cls, module):
-        return dropout_limit(module.dropout)
-
-    @classmethod
-    def example(cls, module):
-        packed = torch.empty(2, 50, 3, module.num_heads, module.head_dim, **where(module))
-        return "attention_qkv", (packed.requires_grad_(),), {}
-
-    @classmethod
-    def detail(cls, module):
-        return f"attention, {module.num_heads} heads of {module.head_dim}"
+    def dropout_of(cls, module):
+        return module.dropout
 
     def forward(
         self,
