@@ -1,5 +1,5 @@
 // Python's view of the contrastive engine on a GPU: one function a pass over a panel.
-#include "bindings_cuda.h"
+#include "bindings.h"
 
 #ifdef TINYCLIP_CUDA_ARCHS
 
@@ -10,7 +10,7 @@
 #include <string>
 #include <tuple>
 
-#include "contrastive/check.h"
+#include "check.h"
 #include "contrastive/cuda.h"
 
 namespace py = pybind11;
@@ -18,12 +18,13 @@ namespace con = tinyclip::contrastive;
 
 namespace {
 
-using con::Index;
-using Address = std::uintptr_t;
+using tinyclip::Address;
+using tinyclip::arg;
+using tinyclip::Index;
+using tinyclip::Strided;                             // of parts: address, length
 using Shape = std::tuple<Index, Index, Index>;       // height, width, column of row 0's positive
 using Features = std::tuple<Address, Index, Index>;  // address, stride, width
 using Teacher = std::tuple<Features, Features, Address>;  // its a, its b, address of its scale
-using Strided = std::tuple<Address, Index>;               // address, stride (parts: length)
 using Where = std::tuple<int, Address>;                   // device, stream
 
 constexpr Index kMostTiles = 0x7fffffff;  // blocks of a launch
@@ -34,7 +35,7 @@ struct Kind {
   con::CudaPasses passes;
 };
 
-Kind kind_of(const con::Check& check, const std::string& dtype) {
+Kind kind_of(const tinyclip::Check& check, const std::string& dtype) {
   if (dtype == "bfloat16") return {2, con::bf16_passes()};
   if (dtype == "float16") return {2, con::fp16_passes()};
   if (dtype == "float32") return {4, con::fp32_passes()};
@@ -45,7 +46,7 @@ Kind kind_of(const con::Check& check, const std::string& dtype) {
 
 // What both passes are told, checked. Addresses are the device's: nothing here reads them.
 struct Call {
-  con::Check check;
+  tinyclip::Check check;
   Kind kind;
   con::PanelArgs panel;
   bool teacher;
@@ -193,7 +194,6 @@ void grads(const std::string& dtype, const Shape& shape, const Features& a, cons
 }  // namespace
 
 void tinyclip::bind_cuda(py::module_& m) {
-  const auto arg = [](const char* name) { return py::arg(name).noconvert(); };
   m.def(
       "contrastive_cuda_tile",
       [](bool teacher) { return std::tuple(con::kTileRows, con::tile_columns(teacher)); },

@@ -16,9 +16,9 @@ Index blocks_of(Index height) { return (height + kBlockRows - 1) / kBlockRows; }
 
 template <class T>
 const Kernels<T>& kernels(Isa isa, bool teacher) {
+  isa = resolved(isa);
   const KernelSet* set = &kBaselineKernels;
 #ifdef __x86_64__
-  if (isa == Isa::kBest) isa = best();
   if (isa == Isa::kAvx2) set = &kAvx2Kernels;
   if (isa == Isa::kAvx512) set = &kAvx512Kernels;
 #endif
@@ -54,23 +54,6 @@ T mean_loss(const Problem<T>& problem, bool teacher) {
 constexpr std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 }  // namespace
-
-bool has(Isa isa) {
-#ifdef __x86_64__
-  if (isa == Isa::kAvx2) return __builtin_cpu_supports("avx2");
-  if (isa == Isa::kAvx512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#endif
-  return isa == Isa::kBest || isa == Isa::kBaseline;
-}
-
-Isa best() {
-  static const Isa found = has(Isa::kAvx512) ? Isa::kAvx512
-                           : has(Isa::kAvx2) ? Isa::kAvx2
-                                             : Isa::kBaseline;
-  return found;
-}
 
 template <class T>
 std::size_t workspace_bytes(Index height, Index width) {

@@ -4,20 +4,13 @@
 #include <cstddef>
 
 #include "contrastive/problem.h"
+#include "isa.h"
 
 namespace tinyclip::contrastive {
 
 // A thread's share of a tile: few enough rows that a block stays in its cache between two sweeps,
 // so many that merging the blocks' columns is nothing.
 constexpr Index kBlockRows = 64;
-
-enum class Isa { kBest, kBaseline, kAvx2, kAvx512 };
-
-// Whether this build and this processor have it. All of them compute the same bits.
-bool has(Isa isa);
-
-// The widest there is.
-Isa best();
 
 // Bytes of scratch memory that any call on a tile of this extent needs, aligned to 64.
 template <class T>

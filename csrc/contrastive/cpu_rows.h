@@ -5,7 +5,8 @@
 #include <cmath>
 
 #include "contrastive/cpu.h"
-#include "contrastive/simd.h"
+#include "contrastive/epilogue.h"
+#include "simd.h"
 
 namespace tinyclip::contrastive {
 namespace {

@@ -8,7 +8,7 @@
 // order of reductions) is handed in.
 #pragma once
 
-#include "contrastive/target.h"
+#include "target.h"
 
 namespace tinyclip::contrastive {
 

@@ -4,24 +4,11 @@
 // i. A pass walks S in tiles and keeps five numbers a row and a column (epilogue.h).
 #pragma once
 
-#include <cstdint>
-
-#include "contrastive/target.h"
+#include "target.h"
 
 namespace tinyclip::contrastive {
 
-using Index = std::int64_t;  // M * N passes 2^31 at M = N = 46,341
-
 enum StatName { kMax, kSum, kTeacherMax, kTeacherSum, kCross, kStats };
-
-// Rows at a stride; elements of a row are adjacent. Strides count elements.
-template <class T>
-struct Matrix {
-  T* data = nullptr;
-  Index stride = 0;
-
-  TC_HD T* at(Index row, Index column) const { return data + row * stride + column; }
-};
 
 // The five numbers of many rows or columns: one array each, `stride` apart.
 template <class T>

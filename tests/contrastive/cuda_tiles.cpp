@@ -14,6 +14,7 @@
 
 namespace {
 
+using namespace tinyclip;
 using namespace tinyclip::contrastive;
 using simt::Host;
 

@@ -11,9 +11,10 @@
 #ifndef TC_VECTOR_BYTES
 #define TC_VECTOR_BYTES 16
 #endif
-#include "contrastive/check.h"
+#include "check.h"
 #include "contrastive/cpu_rows.h"
 
+using namespace tinyclip;
 using namespace tinyclip::contrastive;
 
 static int findings = 0;

@@ -22,6 +22,7 @@
 
 namespace simt {
 
+using namespace tinyclip;
 using namespace tinyclip::contrastive;
 
 [[noreturn]] inline void fail(const char* what) {

@@ -28,7 +28,8 @@ def program(tmp_path_factory):
         pytest.skip("there is no C++ compiler")
     built = tmp_path_factory.mktemp("cuda") / "tiles"
     here = ROOT / "tests" / "contrastive"
-    sources = [here / "cuda_tiles.cpp", *(ROOT / "csrc" / "contrastive").glob("cpu*.cpp")]
+    csrc = ROOT / "csrc"
+    sources = [here / "cuda_tiles.cpp", csrc / "isa.cpp", *(csrc / "contrastive").glob("cpu*.cpp")]
     # Jumps between stacks are what the emulator is made of.
     flags = [
         "-std=c++17",

@@ -16,7 +16,8 @@ RANKS = ("tests/contrastive/test_ranks.py", "-k", "one_process and 3")
 EPILOGUE, ROWS, CPU = (
     f"csrc/contrastive/{name}" for name in ("epilogue.h", "cpu_rows.h", "cpu.cpp")
 )
-PROBLEM, SIMD, CHECK = (f"csrc/contrastive/{name}" for name in ("problem.h", "simd.h", "check.h"))
+PROBLEM = "csrc/contrastive/problem.h"
+TARGET, SIMD, CHECK = (f"csrc/{name}.h" for name in ("target", "simd", "check"))
 PY = "tinyclip/ops/"
 
 MUTANTS = (
@@ -66,7 +67,7 @@ MUTANTS = (
     ),
     Mutant(
         "32-bit rows",
-        PROBLEM,
+        TARGET,
         "data + row * stride + column",
         "data + static_cast<int>(row * stride) + column",
         ENGINE,

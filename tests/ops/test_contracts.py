@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tinyclip.ops  # noqa: F401
+from tinyclip import _extension
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 OPS = torch.ops.tinyclip
@@ -34,7 +35,8 @@ def _cases(dtype):
         torch.randn(shape, dtype=dtype) for shape in ((7, 5), (7,), (4, 7), (4,), (7,))
     )
     pre = torch.randn(6, 7, dtype=dtype)
-    for backend in ("reference", "torch"):
+    cpu = dtype in (torch.float32, torch.float64) and _extension.load() is not None
+    for backend in ("reference", "torch", *(("cpu",) if cpu else ())):
         yield "gelu_mlp_fwd", (x, w1, b1, w2, b2, gate.float(), "gelu", backend)
         yield "gelu_mlp_fwd", (x, w1, None, w2, None, None, "quick_gelu", backend)
         for needs in ([True] * 6, [False, True, False, False, True, False]):

@@ -10,11 +10,14 @@ import tinyclip
 from tests.support import contrastive
 from tests.support.draw import REGIMES
 from tests.support.gelu_mlp import activation
-from tinyclip import ops
+from tinyclip import _extension, ops
 from tinyclip.ops import _torch
 from tinyclip.ops.gelu_mlp import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("poisoned")
+CPU = pytest.param(
+    "cpu", marks=pytest.mark.skipif(_extension.load() is None, reason=str(_extension.why_not()))
+)
 every_backend = pytest.mark.parametrize("backend", ["auto", "reference"])
 NAN = float("nan")
 
@@ -123,7 +126,7 @@ def test_no_heads(backend):
     assert grads(out, gate)[0].shape == gate.shape
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", CPU, "reference"])
 def test_a_gate_is_no_less_precise_than_the_problem(backend):
     """fp64 with a gate that is not: where a factor is folded into it, it is at fp64, too."""
     x, w1, w2 = (torch.randn(4, 4, dtype=torch.float64) for _ in range(3))
@@ -134,7 +137,7 @@ def test_a_gate_is_no_less_precise_than_the_problem(backend):
     torch.testing.assert_close(y, truth, rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", CPU, "reference"])
 def test_autocast_leaves_an_fp64_problem_alone(backend):
     """Its parameters too: bf16 on the way to fp64 would be an error of 1e-3."""
     x, w1, w2 = torch.randn(4, 4, dtype=torch.float64), torch.randn(4, 4), torch.randn(4, 4)
@@ -175,7 +178,7 @@ def test_a_visible_nan_stays_in_its_batch_and_head(backend):
     assert not out.isnan().any()
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", CPU, "reference"])
 def test_masked_channels_do_not_leak(backend):
     x, w, b = torch.randn(4, 6), torch.randn(6), torch.randn(6)
     mask = torch.tensor([True, False, True, True, False, True])
@@ -227,8 +230,10 @@ def test_integers_are_exact(backend, dtype):
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", CPU, "reference"])
 def test_activation_extremes(kind, dtype, backend):
+    if backend == "cpu" and dtype != torch.float32:
+        pytest.skip("fp32 and fp64 only")
     tiny = torch.finfo(dtype).smallest_normal / 4
     values = [20.0, -20.0, 0.0, -0.0, tiny, -tiny, 1e-3, -1e-3, 5.0, -5.0]
     values += [4e4, -4e4] if kind != "gelu_tanh" else []  # whose cube is written out in reference

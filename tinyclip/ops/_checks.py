@@ -64,6 +64,33 @@ def same_device(op: str, name: str, value: torch.Tensor, other: str, reference: 
         )
 
 
+def vector(
+    op: str,
+    name: str,
+    value: Any,
+    shape: str,
+    size: int,
+    other: str,
+    reference: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
+    """Raise unless `value` is a tensor of `size` elements on the device of `reference`."""
+    # All that is said below at once: beside a norm of microseconds each call of Python counts.
+    if (
+        isinstance(value, torch.Tensor)
+        and not value.is_nested
+        and value.layout is torch.strided
+        and value.dtype in dtypes
+        and value.dim() == 1
+        and value.shape[0] == size
+        and value.device == reference.device
+    ):
+        return
+    tensor(op, name, value, shape, dtypes)
+    sizes(op, name, value, shape, (size,))
+    same_device(op, name, value, other, reference)
+
+
 def same_dtype(op: str, name: str, value: torch.Tensor, other: str, reference: torch.Tensor):
     """Raise unless both tensors have one dtype."""
     if value.dtype != reference.dtype:

@@ -19,6 +19,14 @@ from tinyclip.ops._autocast import autocast_dtype
 
 _LIBRARY = torch.library.Library("tinyclip", "DEF")
 
+# Called without the registered op around it, too, where nothing watches: it costs what rows do.
+_DIRECT = {
+    ("gelu_mlp_fwd", "cpu"),
+    ("gelu_mlp_bwd", "cpu"),
+    ("layer_norm_fwd", "cpu"),
+    ("layer_norm_bwd", "cpu"),
+}
+
 # (op, backend) or backend -> the module that has a function of the op's name.
 _MODULES: dict[Any, str] = {
     "reference": "tinyclip.ops.reference",
@@ -34,6 +42,7 @@ _MODULES: dict[Any, str] = {
     ("contrastive_grads", "cuda"): "tinyclip.ops._panels_cuda",
     ("contrastive_stats", "triton"): "tinyclip.ops._panels_triton",
     ("contrastive_grads", "triton"): "tinyclip.ops._panels_triton",
+    **dict.fromkeys(_DIRECT, "tinyclip.ops._cpu_rows"),
     "cpu": "tinyclip.ops._cpu",
 }
 
@@ -69,13 +78,27 @@ def without_autocast(function: Callable, inputs: tuple) -> Any:
     return function(*inputs)
 
 
+def _watched(tensor: Tensor) -> bool:
+    """Whether a compiler, a dispatch mode or a subclass is to see the registered op."""
+    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+    return not plain or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def implementation(op: str, backend: str) -> Callable:
     """What an autograd.Function calls: the registered op, or the plain PyTorch in its place."""
     function = _TRANSPARENT.get((op, backend))
     if function is not None:
         return lambda *inputs: without_autocast(function, inputs)
     registered = getattr(torch.ops.tinyclip, op).default
-    return lambda *inputs: registered(*inputs, backend)
+    if (op, backend) not in _DIRECT:
+        return lambda *inputs: registered(*inputs, backend)
+
+    def direct(*inputs):
+        if _watched(inputs[0]):
+            return registered(*inputs, backend)
+        return without_autocast(_load(op, backend), inputs)
+
+    return direct
 
 
 def _define(signature: str) -> Callable:

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyclip.ops import _masked_norm
-
 # Logits in a chunk: on a CPU, 4 MiB of fp32 stays in the last-level cache; a GPU wants GEMMs that
 # fill it, and 128 MiB a buffer is small there.
 _CHUNK_LOGITS = {"cpu": 1 << 20}
@@ -188,9 +186,7 @@ def layer_norm_fwd(x, residual, weight, bias, channel_mask, eps, out_dtype):
     """x (R, C) -> y, x + residual (empty without one), mean (R,), rstd (R,)."""
     total = x if residual is None else x + residual
     acc = torch.promote_types(total.dtype, torch.float32)
-    if channel_mask is not None and _in_blocks(total):
-        y, mean, rstd = _masked_norm.forward(total, weight, bias, channel_mask, eps, out_dtype)
-    elif channel_mask is not None:
+    if channel_mask is not None:
         y, mean, rstd = _norm_of_kept(_cast(total, acc), weight, bias, channel_mask, eps)
     else:
         work, weight, bias = _norm_arguments(total, weight, bias, lift=total.dtype != out_dtype)
@@ -214,11 +210,6 @@ def _norm_arguments(total, weight, bias, lift: bool):
     lift = lift or any(p is not None and p.dtype != total.dtype for p in (weight, bias))
     work = acc if lift else total.dtype
     return work, _cast(weight, work), _cast(bias, work)
-
-
-def _in_blocks(x: Tensor) -> bool:
-    """Whether masked rows are normalised block by block; a compiler fuses the whole by itself."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _norm_of_kept(s, weight, bias, channel_mask, eps):
@@ -251,15 +242,6 @@ def layer_norm_bwd(dy, dtotal, total, mean, rstd, weight, bias, channel_mask, ne
             w,
             b,
             [need_x, need_weight, need_bias],
-        )
-    elif _in_blocks(total):
-        return tuple(
-            _skip(total) if gradient is None else _cast(gradient, like.dtype)
-            for gradient, like in zip(
-                _masked_norm.backward(dy, dtotal, total, mean, rstd, weight, channel_mask, needs),
-                (total, weight, bias),
-                strict=True,
-            )
         )
     else:
         kept = channel_mask.to(acc)

@@ -28,6 +28,7 @@ from tinyclip.ops._dispatch import (
     select,
 )
 from tinyclip.ops._layout import unit_stride
+from tinyclip.ops._native import cpu_why_not
 from tinyclip.ops._triton import triton_why_not
 
 
@@ -347,23 +348,11 @@ def _candidates(run):
     order = (
         ("cuda", _cuda_why_not),
         ("triton", _triton_why_not),
-        ("cpu", _cpu_why_not),
+        ("cpu", cpu_why_not),
         ("torch", always),
         ("reference", always),
     )
     return tuple(Candidate(name, why_not, run(name)) for name, why_not in order)
-
-
-@torch.compiler.assume_constant_result
-def _extension_missing() -> str | None:
-    return _extension.why_not()
-
-
-def _cpu_why_not(spec: Spec) -> Cannot | None:
-    if spec.device != "cpu":
-        return Cannot(f"it computes on CPU tensors, these are on {spec.device}")
-    missing = _extension_missing()
-    return None if missing is None else Cannot(missing)
 
 
 # A kernel that no GPU has run may be wrong where its tests cannot look: it waits to be asked for.

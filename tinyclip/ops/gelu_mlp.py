@@ -14,6 +14,7 @@ from tinyclip.ops._autograd import applied, first_order
 from tinyclip.ops._contracts import implementation
 from tinyclip.ops._dispatch import Candidate, Cannot, Op, always, make_spec, register, select
 from tinyclip.ops._layout import as_rows
+from tinyclip.ops._native import rows_why_not
 from tinyclip.ops._triton import triton_why_not
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu")
@@ -80,9 +81,7 @@ def _prepare(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, activation="gelu"
     )
     for name, vector, shape, size in vectors:
         if vector is not None:
-            _checks.tensor(op, name, vector, shape)
-            _checks.sizes(op, name, vector, shape, (size,))
-            _checks.same_device(op, name, vector, "x", x)
+            _checks.vector(op, name, vector, shape, size, "x", x)
     if not isinstance(activation, str):
         raise TypeError(f"{op}: activation must be a string, got {type(activation).__name__}")
     if activation not in ACTIVATIONS:
@@ -149,6 +148,7 @@ register(
         _prepare,
         (
             Candidate("triton", _triton_why_not, _through("triton")),
+            Candidate("cpu", rows_why_not, _through("cpu")),
             Candidate("torch", always, _through("torch")),
             Candidate("reference", always, _through("reference")),
         ),

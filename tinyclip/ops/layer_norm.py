@@ -12,8 +12,18 @@ from tinyclip.ops import _checks
 from tinyclip.ops._autocast import autocast_dtype
 from tinyclip.ops._autograd import applied, first_order, once
 from tinyclip.ops._contracts import implementation
-from tinyclip.ops._dispatch import Candidate, Cannot, Op, always, make_spec, register, select
+from tinyclip.ops._dispatch import (
+    Candidate,
+    Cannot,
+    Op,
+    Slower,
+    always,
+    make_spec,
+    register,
+    select,
+)
 from tinyclip.ops._layout import as_rows
+from tinyclip.ops._native import rows_why_not
 from tinyclip.ops._triton import triton_why_not
 
 # A row lies whole in the registers of a Triton program.
@@ -62,9 +72,7 @@ def _prepare(x, weight, bias, *, eps=1e-5, residual=None, channel_mask=None):
     for name, vector in (("weight", weight), ("bias", bias), ("channel_mask", channel_mask)):
         if vector is not None:
             dtypes = (torch.bool,) if name == "channel_mask" else _checks.FLOATS
-            _checks.tensor(op, name, vector, "(C,)", dtypes)
-            _checks.sizes(op, name, vector, "(C,)", (channels,))
-            _checks.same_device(op, name, vector, "x", x)
+            _checks.vector(op, name, vector, "(C,)", channels, "x", x, dtypes)
     if residual is not None:
         _checks.tensor(op, "residual", residual, "(..., C)")
         if residual.shape != x.shape:
@@ -132,6 +140,20 @@ def _triton_why_not(spec):
     return triton_why_not(spec)
 
 
+# Numbers from which the extension's kernels, about 1.2 times as fast as F.layer_norm and 2 times as
+# fast with the addition, make up for the 0.1 ms that Python takes around them, cold.
+_WORTH_IT, _WORTH_IT_ADDED = 1 << 21, 1 << 19
+
+
+def _cpu_why_not(spec):
+    verdict = rows_why_not(spec)
+    if verdict is None and "channel_mask" not in spec.flags:
+        least = _WORTH_IT_ADDED if "residual" in spec.flags else _WORTH_IT
+        if spec.sizes["rows"] * spec.sizes["C"] < least:
+            return Slower(f"under {least:,} numbers up to 1.7 times as slow as F.layer_norm itself")
+    return verdict
+
+
 def _through(backend):
     def run(x, residual, *rest):
         rows, added = as_rows(x), None if residual is None else as_rows(residual)
@@ -175,6 +197,7 @@ register(
         _prepare,
         (
             Candidate("triton", _triton_why_not, _through("triton")),
+            Candidate("cpu", _cpu_why_not, _through("cpu")),
             Candidate("torch", always, _run_torch),
             Candidate("reference", always, _through("reference")),
         ),

@@ -1,20 +1,18 @@
 // Sixty-four bytes of numbers and their exponential, for the instruction set of the including file.
 //
 // TC_VECTOR_BYTES is the width of its registers. However wide they are, there are as many lanes and
-// no operation is contracted, so every instruction set computes the same bits.
+// no operation is contracted but by mul_add, so every instruction set computes the same bits; with
+// TC_FMA, every one that has it.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
-#include "contrastive/epilogue.h"
-#include "contrastive/problem.h"
+#include "target.h"
 
-namespace tinyclip::contrastive {
+namespace tinyclip {
 namespace {
-
-using contrastive::larger;
 
 template <class T>
 struct Lanes {
@@ -66,6 +64,18 @@ TC_HD V load(const T* from) {
   }
   return out;
 }
+// Asks for what a loop over memory comes to some iterations later: where many instructions stand
+// between two loads, a processor does not look that far by itself.
+constexpr std::int64_t kAhead = 2048;  // bytes
+template <class T>
+TC_HD void will_read(const T* at) {
+  __builtin_prefetch(at + kAhead / sizeof(T), 0);
+}
+template <class T>
+TC_HD void will_write(const T* at) {
+  __builtin_prefetch(at + kAhead / sizeof(T), 1);
+}
+
 template <class T, class V>
 TC_HD void store(T* to, const V& value) {
   if constexpr (std::is_same_v<V, T>) {
@@ -124,6 +134,26 @@ TC_HD T largest(const Lanes<T>& value) {
   return reduce(value, [](T a, T b) TC_LAMBDA { return a > b ? a : b; });
 }
 
+// add(j, sums) over [0, n), `sums` being `Count` numbers or lanes that it adds to. Two sets of
+// lanes abreast: an addition waits for the one before it.
+template <class T, int Count, class Add>
+TC_HD void sums(Index n, T (&total)[Count], Add add) {
+  constexpr Index kWidth = Lanes<T>::kWidth;
+  Lanes<T> even[Count]{}, odd[Count]{};
+  T one[Count]{};
+  Index j = 0;
+  for (; j + 2 * kWidth <= n; j += 2 * kWidth) {
+    add(j, even);
+    add(j + kWidth, odd);
+  }
+  if (j + kWidth <= n) {
+    add(j, even);
+    j += kWidth;
+  }
+  for (; j < n; ++j) add(j, one);
+  for (int k = 0; k < Count; ++k) total[k] = sum(even[k] + odd[k]) + one[k];
+}
+
 template <class To, class From>
 TC_HD To bits(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "a reinterpretation keeps the size");
@@ -131,6 +161,42 @@ TC_HD To bits(const From& from) {
   std::memcpy(&to, &from, sizeof(to));
   return to;
 }
+
+// The value where the mask's bits are all ones, +0 where they are zeros, whatever the value.
+template <class V, class U>
+TC_HD V only(const V& value, const U* mask) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    return bits<V>(bits<U>(value) & *mask);
+  } else {
+    const Lanes<U> kept = load<Lanes<U>>(mask);
+    V out;
+    for (int k = 0; k < V::kParts; ++k)
+      out.part[k] = bits<std::decay_t<decltype(out.part[k])>>(
+          bits<std::decay_t<decltype(kept.part[k])>>(value.part[k]) & kept.part[k]);
+    return out;
+  }
+}
+
+// a * b + c, of numbers or of registers of them: rounded once in files that define TC_FMA, which
+// the instruction set must then have, else twice.
+#ifdef TC_FMA
+TC_HD float mul_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+TC_HD double mul_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+typedef Lanes<float>::Part Floats;
+typedef Lanes<double>::Part Doubles;
+#if TC_VECTOR_BYTES == 64
+TC_HD Floats mul_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+TC_HD Doubles mul_add(Doubles a, Doubles b, Doubles c) { return _mm512_fmadd_pd(a, b, c); }
+#else
+TC_HD Floats mul_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+TC_HD Doubles mul_add(Doubles a, Doubles b, Doubles c) { return _mm256_fmadd_pd(a, b, c); }
+#endif
+#else
+template <class V>
+TC_HD V mul_add(V a, V b, V c) {
+  return a * b + c;
+}
+#endif
 
 // e^x = 2^n e^r with n = round(x / ln 2), found by adding a number so large that only integers are
 // left, and r = x - n ln 2 in two exact products. Zero below the smallest normal number.
@@ -170,27 +236,38 @@ TC_HD V exp_of(V x) {
   const V zero{}, first = zero + Plan::kFirst, last = zero + Plan::kLast;
   V clamped = x < first ? first : x;
   clamped = clamped > last ? last : clamped;
-  const V shifted = clamped * Plan::kLog2e + Plan::kRound;
+  const V shifted = mul_add(clamped, zero + Plan::kLog2e, zero + Plan::kRound);
   const V n = shifted - Plan::kRound;
-  const V r = (clamped - n * Plan::kLn2High) - n * Plan::kLn2Low;
+  const V high = mul_add(n, zero - Plan::kLn2High, clamped);
+  const V r = mul_add(n, zero - Plan::kLn2Low, high);
   V poly = zero + Plan::kPoly[0];
-  for (unsigned k = 1; k < sizeof(Plan::kPoly) / sizeof(T); ++k) poly = poly * r + Plan::kPoly[k];
-  const V e_r = (poly * (r * r) + r) + T(1);
+  for (unsigned k = 1; k < sizeof(Plan::kPoly) / sizeof(T); ++k)
+    poly = mul_add(poly, r, zero + Plan::kPoly[k]);
+  const V e_r = mul_add(poly, r * r, r) + T(1);
   const V power = bits<V>((bits<U>(shifted) + Plan::kBias) << Plan::kMantissa);
   return x < first ? zero : e_r * power;
 }
 
+// e^x of a number or of a register of them.
+template <class T, class V>
+TC_HD V exponential(V x) {
+  if constexpr (std::is_same_v<V, T>) {
+    return exp_of<T, V, typename ExpPlan<T>::Bits>(x);
+  } else {
+    typedef typename ExpPlan<T>::Bits U __attribute__((vector_size(TC_VECTOR_BYTES)));
+    return exp_of<T, V, U>(x);
+  }
+}
+
 template <class T>
 struct Exp {
-  TC_HD T operator()(T x) const { return exp_of<T, T, typename ExpPlan<T>::Bits>(x); }
+  TC_HD T operator()(T x) const { return exponential<T>(x); }
   TC_HD Lanes<T> operator()(const Lanes<T>& x) const {
-    typedef typename ExpPlan<T>::Bits U __attribute__((vector_size(TC_VECTOR_BYTES)));
     Lanes<T> out;
-    for (int k = 0; k < Lanes<T>::kParts; ++k)
-      out.part[k] = exp_of<T, typename Lanes<T>::Part, U>(x.part[k]);
+    for (int k = 0; k < Lanes<T>::kParts; ++k) out.part[k] = exponential<T>(x.part[k]);
     return out;
   }
 };
 
 }  // namespace
-}  // namespace tinyclip::contrastive
+}  // namespace tinyclip

@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "contrastive/problem.h"
+#include "target.h"
 
-namespace tinyclip::contrastive {
+namespace tinyclip {
 
 // One call's arguments; everything wrong with them is a std::invalid_argument that names the
 // argument, what it was, and the rule.
@@ -82,4 +82,4 @@ class Check {
   std::vector<Range> ranges_;
 };
 
-}  // namespace tinyclip::contrastive
+}  // namespace tinyclip
