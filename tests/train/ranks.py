@@ -110,19 +110,25 @@ def a_nan_on_one_rank_is_left_out_on_all(rank: int, world: int) -> None:
 
 
 def a_resumed_run_ends_as_an_uninterrupted_one(folder: Path, rank: int, world: int) -> None:
-    """Each rank has noise of its own, so each generator's state must come back to its rank."""
+    """Each rank has noise of its own, so each generator's state must come back to its rank.
+
+    Bit for bit where a sum over ranks has one order. Of more than two DDP changes it after its
+    first step, and a resumed run has one more first step: to the last bits of fp64, there.
+    """
+    precision = "fp32" if world == 2 else "fp64"
 
     class Mine(tiny.Noisy):
         pass
 
-    def loader():
-        return tiny.Memory(rank=rank, world=world)
+    def fit(name, resume=None, at_step=None):
+        loader = tiny.Memory(rank=rank, world=world)
+        return tiny.fit(folder / name, resume, loader, Mine(), at_step=at_step, precision=precision)
 
     def differ(step, model):
         if step == 1:
             tiny.seed(40 + rank)
 
-    _, whole = tiny.fit(folder / "whole", loader=loader(), objective=Mine(), at_step=differ)
+    _, whole = fit("whole", at_step=differ)
     same_everywhere(whole)
 
     def fail(step, model):
@@ -131,13 +137,17 @@ def a_resumed_run_ends_as_an_uninterrupted_one(folder: Path, rank: int, world: i
             raise tiny.Interrupted
 
     try:
-        tiny.fit(folder / "cut", loader=loader(), objective=Mine(), at_step=fail)
+        fit("cut", at_step=fail)
     except tiny.Interrupted:
         dist.barrier()
     if rank == 0:
         (folder / "cut" / "checkpoints" / ".step_00000006.part").mkdir()
-    tiny.fit(folder / "cut", "latest", loader=loader(), objective=Mine())
-    assert tiny.fingerprint(folder / "cut", 12) == tiny.fingerprint(folder / "whole", 12)
+    _, resumed = fit("cut", "latest")
+    same_everywhere(resumed)
+    if world == 2:
+        assert tiny.fingerprint(folder / "cut", 12) == tiny.fingerprint(folder / "whole", 12)
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-12
     assert (folder / "cut" / "metrics.jsonl").read_text().count("\n") == 12
 
 
