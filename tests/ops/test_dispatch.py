@@ -7,10 +7,18 @@ import threading
 
 import pytest
 import torch
+from torch.compiler import assume_constant_result
 
 import tinyclip
 from tinyclip.ops import OPS, _dispatch
-from tinyclip.ops._dispatch import Candidate, Cannot, Op, Slower, Spec
+from tinyclip.ops._dispatch import (
+    Candidate,
+    Cannot,
+    Op,
+    Slower,
+    Spec,
+    constant_when_compiled,
+)
 
 
 @pytest.fixture
@@ -161,3 +169,14 @@ def test_the_environment_chooses():
     failed = _in_process(code, TINYCLIP_BACKEND="nonsense")
     assert failed.returncode == 1
     assert "TINYCLIP_BACKEND must be 'auto' or one of" in failed.stderr
+
+
+def test_a_constant_is_marked_as_pytorch_marks_it():
+    """The mark is PyTorch's own affair: if it changes, ours must."""
+    ours, theirs = (mark(lambda: 0) for mark in (constant_when_compiled, assume_constant_result))
+    assert ours.__dict__ == theirs.__dict__ != {}
+
+
+def test_the_ops_import_no_compiler():
+    check = "import sys, tinyclip.ops; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)

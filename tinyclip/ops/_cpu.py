@@ -30,7 +30,7 @@ def _tile_bytes() -> int:
 
 
 _TILE_BYTES = _tile_bytes()
-_NAMES = {torch.float32: "float32", torch.float64: "float64"}
+NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 
 class _Tile(NamedTuple):
@@ -58,7 +58,7 @@ class _Pass:
         self.t_scale = None if ta is None else t_scale.item()
         self.shape = (a.shape[0], b.shape[0], offset)
         self.work = scale.dtype
-        self.dtype = _NAMES[self.work]
+        self.dtype = NAMES[self.work]
         self.row_edges = _edges(a.shape[0], _TILE_ROWS)
         height = max(bottom - top for top, bottom in self.row_edges)
         most_columns = max(1, _TILE_BYTES // (height * scale.itemsize))
@@ -153,7 +153,7 @@ def contrastive_grads(
 def contrastive_whole(a, b, scale, teacher_a, teacher_b, teacher_scale, alpha):
     """a and b of as many rows, all in one tile -> the mean loss, its dS (M, M), and its dscale."""
     work, m = scale.dtype, a.shape[0]
-    extension, dtype = _extension.load(), _NAMES[work]
+    extension, dtype = _extension.load(), NAMES[work]
     ds = torch.mm(a.to(work), b.to(work).T)
     teacher = None
     if teacher_a is not None:

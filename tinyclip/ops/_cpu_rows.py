@@ -16,8 +16,6 @@ from tinyclip import _extension
 from tinyclip.ops import _cpu
 from tinyclip.ops._torch import _cast, _skip
 
-_NAMES = {torch.float32: "float32", torch.float64: "float64"}
-
 
 def _machine() -> tuple[int, str]:
     return torch.get_num_threads(), _cpu.ISA
@@ -55,7 +53,7 @@ def layer_norm_fwd(x, residual, weight, bias, channel_mask, eps, out_dtype):
     y = torch.empty(x.shape, dtype=dtype)
     mean, rstd = torch.empty(x.shape[0], dtype=dtype), torch.empty(x.shape[0], dtype=dtype)
     _extension.load().layer_norm_forward(
-        _NAMES[dtype],
+        _cpu.NAMES[dtype],
         tuple(x.shape),
         _at(x),
         None if residual is None else _at(residual),
@@ -84,7 +82,7 @@ def layer_norm_bwd(dy, dtotal, total, mean, rstd, weight, bias, channel_mask, ne
     dweight = torch.empty(total.shape[1], dtype=dtype) if need_weight else None
     dbias = torch.empty(total.shape[1], dtype=dtype) if need_bias else None
     _extension.load().layer_norm_backward(
-        _NAMES[dtype],
+        _cpu.NAMES[dtype],
         tuple(total.shape),
         _at(dy),
         None if dtotal is None else _at(dtotal),
@@ -110,7 +108,7 @@ def gelu_mlp_fwd(x, w1, b1, w2, b2, gate, activation):
     pre = F.linear(x, w1, b1)
     gate, hidden = _vector(gate, x.dtype), torch.empty_like(pre)
     _extension.load().activation_forward(
-        _NAMES[x.dtype],
+        _cpu.NAMES[x.dtype],
         activation,
         tuple(pre.shape),
         pre.data_ptr(),
@@ -128,7 +126,7 @@ def gelu_mlp_bwd(dy, x, pre, w1, w2, gate, activation, needs):
     factor = _vector(gate, x.dtype)
     hidden = torch.empty_like(pre) if need_w2 else None
     db1, dgate = (pre.new_empty(pre.shape[1]) if need else None for need in (need_b1, need_gate))
-    problem = (_NAMES[x.dtype], activation, tuple(pre.shape), pre.data_ptr(), _address(factor))
+    problem = (_cpu.NAMES[x.dtype], activation, tuple(pre.shape), pre.data_ptr(), _address(factor))
     dpre = None
     if need_x or need_w1 or need_b1 or need_gate:
         dpre = dy @ w2

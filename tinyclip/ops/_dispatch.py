@@ -126,7 +126,13 @@ class backend:
         _choice = _open[-1][1]
 
 
-@torch.compiler.assume_constant_result
+def constant_when_compiled(function: Callable) -> Callable:
+    """As torch.compiler.assume_constant_result, which imports a second and a half of compiler."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_when_compiled
 def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 

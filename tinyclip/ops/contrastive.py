@@ -23,6 +23,7 @@ from tinyclip.ops._dispatch import (
     Slower,
     Spec,
     always,
+    constant_when_compiled,
     make_spec,
     register,
     select,
@@ -359,7 +360,7 @@ def _candidates(run):
 _UNMEASURED = "no GPU has run its tests or timed it yet: it serves where it is asked for by name"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _cuda_missing() -> str | None:
     return _extension.cuda_why_not(torch.cuda.current_device())
 
