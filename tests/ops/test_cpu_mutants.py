@@ -62,13 +62,17 @@ MUTANTS = (
         TESTS,
     ),
     Mutant(
-        "a slope without its density", ACTIVATION, "share + near * (e * kDensity)", "share", TESTS
+        "a slope without its density",
+        ACTIVATION,
+        "mul_add(near, e * kDensity, share)",
+        "share",
+        TESTS,
     ),
     Mutant(
         "tanh's slope",
         ACTIVATION,
-        "(square * (3 * kCube) + T(1))",
-        "(square * kCube + T(1))",
+        "mul_add(square, zero + 3 * kCube,",
+        "mul_add(square, zero + kCube,",
         TESTS,
     ),
     Mutant(
@@ -81,8 +85,8 @@ MUTANTS = (
     Mutant(
         "infinity times 0",
         ACTIVATION,
-        "return {low * share, share + near * rise",
-        "return {x * share, share + near * rise",
+        "return {low * share, mul_add(near * rise",
+        "return {x * share, mul_add(near * rise",
         TESTS,
     ),
     Mutant(

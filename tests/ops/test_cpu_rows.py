@@ -196,6 +196,31 @@ def test_a_mean_far_from_zero_is_exact():
         assert y.abs().max() <= 1e-7 * abs(value) / math.sqrt(1e-5)
 
 
+def test_what_is_masked_stays_out():
+    """NaN in a masked channel of anything, and where it is masked beside NaN in a kept one."""
+    mask = torch.arange(40) % 3 > 0
+    tensors = [torch.randn(5, 40), torch.randn(40), torch.randn(40), torch.randn(5, 40)]
+    found = []
+    for value in (0.0, math.nan):
+        x, weight, bias, dy = (t.masked_fill(~mask, value) for t in tensors)
+        leaves = [t.requires_grad_() for t in (x, weight, bias)]
+        with tinyclip.backend("cpu"):
+            y = ops.layer_norm(*leaves, channel_mask=mask)
+        found.append([y, *torch.autograd.grad(y, leaves, dy)])
+    for clean, planted in zip(*found, strict=True):
+        assert torch.equal(clean, planted)
+    x = tensors[0].clone()
+    x[2, 1] = math.nan  # a kept channel: of its row, all kept ones are lost
+    leaf = x.requires_grad_()
+    with tinyclip.backend("cpu"):
+        y = ops.layer_norm(leaf, tensors[1], tensors[2], channel_mask=mask)
+    (dx,) = torch.autograd.grad(y, leaf, tensors[3])
+    for result in (y, dx):
+        assert (result[:, ~mask] == 0).all()
+        assert result[2, mask].isnan().all()
+        assert not result[[0, 1, 3, 4]].isnan().any()
+
+
 def test_rows_two_to_the_31_elements_apart():
     far, width = 2**31 + 5, 40
     base = torch.empty(far + width)  # never touched but at its ends
