@@ -65,7 +65,7 @@ class Check {
   // Rows of `width` elements at `stride`.
   void matrix(const std::string& name, std::uintptr_t address, Index height, Index width,
               Index stride, std::size_t element, bool written) {
-    require(stride >= width, name + ".stride must be at least the tile's width " +
+    require(stride >= width, name + ".stride must be at least the width " +
                                  std::to_string(width) + ", got " + std::to_string(stride));
     const bool empty = height == 0 || width == 0;
     const Index last = empty ? 0 : product(name, height - 1, stride);
