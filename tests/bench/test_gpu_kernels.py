@@ -88,6 +88,7 @@ LISTED = {
     "gelu_mlp": {"C": WIDTHS, "F": WIDTHS, "O": WIDTHS},
     "layer_norm": {"C": NORM_WIDTHS},
     "contrastive_loss": {"M": BATCHES, "D": EMBEDDINGS, "Dt": EMBEDDINGS},
+    "contrastive_passes": {"D": EMBEDDINGS, "Dt": EMBEDDINGS},
 }
 
 
@@ -102,7 +103,7 @@ def test_every_listed_value_is_drawn(op):
         found = {int(value) for value in re.findall(rf"\b{name}(\d+)", text)}
         assert found == set(values), (name, set(values) - found)
     assert set(LAYOUTS) <= set(text.split())
-    if op == "contrastive_loss":
+    if op.startswith("contrastive"):
         assert {p.options["alpha"] for p in drawn} == set(ALPHAS)
         return
     if op == "gelu_mlp":

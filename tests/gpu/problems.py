@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from tests.support import attention, contrastive, gelu_mlp, layer_norm
+from tests.support import attention, contrastive, contrastive_block, gelu_mlp, layer_norm
 from tests.support.attention import DIMS
 from tests.support.draw import LAYOUTS, REGIMES
 from tests.support.problem import Problem
@@ -53,12 +53,20 @@ def _contrastive(n: int) -> dict:
     return {"rows": (BATCHES[n % 9],), "widths": widths, "alphas": (ALPHAS[n // 2 % 3],)}
 
 
+def _passes(n: int) -> dict:
+    """A block of M rows of N, with an offset and weights."""
+    sizes = (BATCHES[n % 9], BATCHES[(n + 4) % 9])
+    widths = (EMBEDDINGS[n % 10], EMBEDDINGS[(3 * n + 1) % 10])
+    return {"sizes": sizes, "widths": widths, "alphas": (ALPHAS[n // 2 % 3],)}
+
+
 _CHOICES = {
     "attention": (attention.make, _attention),
     "attention_qkv": (attention.make, _packed),
     "gelu_mlp": (gelu_mlp.make, _mlp),
     "layer_norm": (layer_norm.make, _norm),
     "contrastive_loss": (contrastive.make, _contrastive),
+    "contrastive_passes": (contrastive_block.make, _passes),
 }
 # Who computes them. The MLP's two implementations by their names, the rest by the backend's.
 IMPLEMENTED = (
@@ -66,6 +74,8 @@ IMPLEMENTED = (
     ("attention_qkv", "triton"),
     ("contrastive_loss", "cuda"),
     ("contrastive_loss", "triton"),
+    ("contrastive_passes", "cuda"),
+    ("contrastive_passes", "triton"),
     ("gelu_mlp", "pointwise"),
     ("gelu_mlp", "fused"),
     ("layer_norm", "triton"),
@@ -96,7 +106,7 @@ def problems(
     """The first `shapes` shapes of an op in a dtype, in each of the regimes."""
     make, choices = _CHOICES[op]
     fixed = {"packed": True} if op == "attention_qkv" else {}
-    if op == "contrastive_loss":  # the engines keep dS at the features' precision
+    if op.startswith("contrastive"):  # the engines keep dS at the features' precision
         fixed = {"rounded_ds": implementation != "torch"}
     for n in range(DTYPES.index(dtype) * SHAPES, DTYPES.index(dtype) * SHAPES + shapes):
         shape = {"layouts": (LAYOUTS[(n + n // 14) % 7],), "dtypes": (dtype,), **choices(n)}

@@ -121,9 +121,9 @@ def _cond(problem: Problem, tensors, douts):
     return {name: (terms, eps) for name, terms in conds.items()}
 
 
-def make(seed: int, **choices) -> Problem:
+def make(seed: int, *, device: str = "cpu", **choices) -> Problem:
     """The problem of a seed; `choices` narrows any drawn value: rows=, columns=, widths=, ..."""
-    draw = Draw(seed)
+    draw = Draw(seed, device)
 
     def pick(name, values):
         return draw.one_of(choices.get(name, values))
@@ -148,7 +148,7 @@ def make(seed: int, **choices) -> Problem:
     tensors = {
         "a": draw.tensor(a, dtype, layout),
         "b": draw.tensor(b, dtype, layout),
-        "scale": torch.full(draw.one_of(((), (1,))), scale, dtype=work),
+        "scale": torch.full(draw.one_of(((), (1,))), scale, dtype=work, device=device),
         "teacher_a": None,
         "teacher_b": None,
     }
@@ -161,7 +161,7 @@ def make(seed: int, **choices) -> Problem:
                          ("vector", "vector"), ("off", "vector"), ("float", "off")))  # fmt: skip
     for name, size, kind in zip(("row", "col"), (m, n), kinds, strict=True):
         vector = torch.rand(size, generator=draw.generator, dtype=torch.float64).to(work) / n
-        tensors[f"{name}_weight"] = vector if kind == "vector" else None
+        tensors[f"{name}_weight"] = vector.to(device) if kind == "vector" else None
         options[f"every_{name}"] = {"float": 0.5 / n, "off": 0.0}.get(kind)
     frozen = {"teacher_a", "teacher_b", "row_weight", "col_weight"}
     return Problem(
@@ -173,7 +173,7 @@ def make(seed: int, **choices) -> Problem:
         cond=_cond,
         options=options,
         frozen=frozenset(frozen),
-        douts=[draw.normal().to(work)],
+        douts=[draw.normal().to(device, work)],
         roundings=dict.fromkeys(("da", "db", "dscale"), 8 + scale),
         rounded_ds=choices.get("rounded_ds", False),
     )
