@@ -65,8 +65,8 @@ class Check {
   // Rows of `width` elements at `stride`.
   void matrix(const std::string& name, std::uintptr_t address, Index height, Index width,
               Index stride, std::size_t element, bool written) {
-    require(stride >= width, name + ".stride must be at least the width " +
-                                 std::to_string(width) + ", got " + std::to_string(stride));
+    require(stride >= width, name + ".stride must be at least the width " + std::to_string(width) +
+                                 ", got " + std::to_string(stride));
     const bool empty = height == 0 || width == 0;
     const Index last = empty ? 0 : product(name, height - 1, stride);
     range(name, address, empty ? 0 : sum(name, last, width), element, written);

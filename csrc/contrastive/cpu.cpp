@@ -16,16 +16,11 @@ Index blocks_of(Index height) { return (height + kBlockRows - 1) / kBlockRows; }
 
 template <class T>
 const Kernels<T>& kernels(Isa isa, bool teacher) {
-  isa = resolved(isa);
-  const KernelSet* set = &kBaselineKernels;
-#ifdef __x86_64__
-  if (isa == Isa::kAvx2) set = &kAvx2Kernels;
-  if (isa == Isa::kAvx512) set = &kAvx512Kernels;
-#endif
+  const KernelSet& set = chosen(isa, TC_TABLES);
   if constexpr (sizeof(T) == sizeof(float)) {
-    return set->single[teacher];
+    return set.single[teacher];
   } else {
-    return set->twice[teacher];
+    return set.twice[teacher];
   }
 }
 

@@ -16,16 +16,11 @@ constexpr Index kSumColumns = 256;        // a thread's share of the columns
 
 template <class T>
 const Kernels<T>& kernels(Isa isa) {
-  isa = resolved(isa);
-  const KernelSet* set = &kBaselineKernels;
-#ifdef __x86_64__
-  if (isa == Isa::kAvx2) set = &kAvx2Kernels;
-  if (isa == Isa::kAvx512) set = &kAvx512Kernels;
-#endif
+  const KernelSet& set = chosen(isa, TC_TABLES);
   if constexpr (sizeof(T) == sizeof(float)) {
-    return set->single;
+    return set.single;
   } else {
-    return set->twice;
+    return set.twice;
   }
 }
 

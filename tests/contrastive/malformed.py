@@ -7,12 +7,10 @@ line is printed for each that raises no TypeError, nor a ValueError that names t
 """
 
 import itertools
-import re
-import sys
 
 import torch
 
-from tinyclip import _extension
+from tests.support.extension import try_all
 
 M, N, OFFSET = 6, 9, 2
 BIG = (2**31 + 1, 2**61, 2**62, 2**63 - 1)
@@ -137,27 +135,8 @@ def faults(function: str, arguments: dict, at: Memory):
 
 
 def main() -> None:
-    extension, at = _extension.load(), Memory()
-    calls = bad = 0
-    for function, arguments in good_calls(at).items():
-        call = getattr(extension, function)
-        call(**arguments)
-        wrong = [*faults(function, arguments, at), ("unknown", {"nonsense": 1})]
-        for what, change in wrong:
-            calls += 1
-            try:
-                call(**{**arguments, **change})
-            except TypeError:
-                continue  # pybind11's own: it lists the signature with every argument's name
-            except ValueError as error:
-                if re.split(r"[.\[ ]", what)[0] in str(error):
-                    continue
-                print(f"{function}: {what}: does not name it: {error}")
-            else:
-                print(f"{function}: {change} went through")
-            bad += 1
-    print(calls, "malformed calls")
-    sys.exit(bad > 0)
+    at = Memory()
+    try_all((name, good, [*faults(name, good, at)]) for name, good in good_calls(at).items())
 
 
 if __name__ == "__main__":
