@@ -3,17 +3,20 @@
 import torch
 
 from tinyclip import _extension
-from tinyclip.ops._dispatch import Cannot, Slower, Spec
+from tinyclip.ops._dispatch import Cannot, Slower, Spec, constant_when_compiled
 
-# A plain module global, so that Dynamo can guard it.
-_MISSING = _extension.why_not()
+
+@constant_when_compiled
+def _missing() -> str | None:
+    return _extension.why_not()
 
 
 def cpu_why_not(spec: Spec) -> Cannot | None:
     """What stands against any of it: tensors elsewhere, no extension."""
     if spec.device != "cpu":
         return Cannot(f"it computes on CPU tensors, these are on {spec.device}")
-    return None if _MISSING is None else Cannot(_MISSING)
+    missing = _missing()
+    return None if missing is None else Cannot(missing)
 
 
 def rows_why_not(spec: Spec) -> Cannot | Slower | None:
