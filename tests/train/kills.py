@@ -62,7 +62,7 @@ def main() -> None:
     began = time.monotonic()
     assert os.waitpid(forked(folder / "whole", None), 0)[1] == 0
     lasted = time.monotonic() - began
-    cut, made = folder / "cut", 0
+    cut, made, ended = folder / "cut", 0, 0
     while made < kills:
         # An operation that a short life reaches; or a time within the first half of a life.
         inside = made % 2 == 0
@@ -74,7 +74,8 @@ def main() -> None:
         if os.WIFEXITED(status):
             assert os.WEXITSTATUS(status) == 0, status
             # It came to its end: the next kill needs a run that has not.
-            (cut / "checkpoints").rename(folder / f"finished-{made}")
+            (cut / "checkpoints").rename(folder / f"finished-{ended}")
+            ended += 1
             continue
         made += 1
         names = sorted(os.listdir(cut / "checkpoints")) if (cut / "checkpoints").is_dir() else []
