@@ -135,7 +135,7 @@ def test_no_compiler(tree, python, tmp_path):
     [
         ("exit 1", "exited with status 1: it printed nothing"),
         ("echo 'nvcc fatal   : no licence' >&2; exit 3", "status 3: nvcc fatal   : no licence"),
-        ('[ "$1" = --version ] && echo "release 13.0" || exit 7', "device.cu.o"),
+        ('[ "$1" = --version ] && echo "release 13.0" || exit 7', ".cu.o"),
         ("echo release 11.8", "nvcc is 11.8, 12.0 is the oldest"),
     ],
     ids=["silent", "message", "compiling", "old"],
