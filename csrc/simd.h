@@ -64,6 +64,7 @@ TC_HD V load(const T* from) {
   }
   return out;
 }
+
 // Asks for what a loop over memory comes to some iterations later: where many instructions stand
 // between two loads, a processor does not look that far by itself.
 constexpr std::int64_t kAhead = 2048;  // bytes

@@ -9,7 +9,7 @@
 namespace tinyclip::rowwise {
 namespace {
 
-// The numbers at `from`, with +0, whatever lies there, where a channel is hidden.
+// The value of channels from j on, with +0, whatever it is, where one is hidden.
 template <bool Masked, class V, class T>
 TC_HD V visible(V value, const Channels<T>& channels, Index j) {
   if constexpr (Masked) {
