@@ -3,24 +3,24 @@
 python -m bench                           every CPU case, within five minutes
 python -m bench attention/197 --list      what would be measured
 python -m bench layer_norm --compare HEAD~1
-python -m bench gpu                       baselines, build, GPU tests, every op, one JSON file
-python -m bench gpu --tune                the tiles of our tables, timed on this GPU
+python -m bench gpu                       on a GPU: the checks, then the kernels' times
+python -m bench gpu --part steps          one of check, time, steps, tune, profile
+python -m bench merge FILE ...            add results of another machine to bench/results
 python -m bench resources                 registers, spills, shared memory of every Triton tile
 python -m bench predict                   the roofs on an H200, as bench/notes.md has them
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from bench import compare, gpu, notes, registry, report, tune
+from bench import compare, notes, registry, report
 from bench.measure import FAILED, MEASURED, NOT_RUN, Settings
-from bench.report import ROOT, Report
-from bench.run import Runner, plan
+from bench.report import Report
+from bench.run import Runner, order, plan
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,15 +41,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _gpu_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench gpu", description=gpu.__doc__)
-    parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="part of op/name")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results")
-    parser.add_argument("--backend", default="auto", help="which of tinyclip's backends is ours")
-    parser.add_argument("--tune", action="store_true", help="time the tables' tiles instead")
-    return parser
-
-
 def main(argv: list[str]) -> int:
     """Run a command line; the exit status."""
     if argv == ["resources"]:
@@ -57,15 +48,26 @@ def main(argv: list[str]) -> int:
 
         return resources.main()
     if argv[:1] == ["gpu"]:
-        options = _gpu_parser().parse_args(argv[1:])
-        base = options.out or Path(os.environ.get("BENCH_OUT") or ROOT / "bench" / "results")
-        if options.tune:
-            return tune.main(options.only, base)
-        return gpu.main(options.only, base, options.backend)
+        from bench.gpu import command
+
+        return command.main(argv[1:])
+    if argv[:1] == ["merge"]:
+        return _merge(argv[1:])
     if argv == ["predict"]:
         print(notes.predictions())
         return 0
     return _bench(_parser().parse_args(argv))
+
+
+def _merge(files: list[str]) -> int:
+    """Results that a GPU machine sent back, into the files of their commits."""
+    for file in files:
+        try:
+            print(report.merge(Path(file), report.ROOT / "bench" / "results"))
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+    return 0
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -110,7 +112,7 @@ def _beside_peers(options, cases, settings, deadline) -> Report:
             asked.append(entry)
     with Runner(written, settings, _progress) as runner:
         runner.measure_machine(deadline)
-        runner.run(asked, deadline)
+        runner.run(order(asked), deadline)
     written.note("complete", True)
     return written
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.case import FORWARD, Case
+from bench.case import Case
 from bench.peers import CannotRun, Maths, Tensors, contrastive
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -50,18 +50,24 @@ def check(case: Case, device: str, candidate: Maths) -> Verdict:
             timed = case.peers[case.fused].build(tensors, sizes, device)
             with timed.context():
                 yardsticks.append(_evaluate(case, lambda t, s: timed.call(), tensors, sizes))
-    return _judge(
-        _evaluate(case, candidate, tensors, sizes), yardsticks, oracle, _cond(case, tensors)
-    )
+    found = _evaluate(case, candidate, tensors, sizes)
+    eps = torch.finfo(case.dtype).eps if case.whole_model else 0.0
+    return _judge(found, yardsticks, oracle, _cond(case, tensors), eps)
 
 
 def _oracle(case: Case, tensors: Tensors, sizes: dict) -> Outputs:
-    if case.call is None:
+    if not case.has_ours:
         return case.eager(tensors, sizes)
     import tinyclip
 
     with tinyclip.backend("reference"):
+        if case.ours is not None:
+            return case.ours.build(tensors, sizes, _device(tensors)).call()
         return case.call(tinyclip.ops, tensors, sizes)
+
+
+def _device(tensors: Tensors) -> str:
+    return next(iter(tensors.values())).device.type
 
 
 def _double(tensors: Tensors) -> Tensors:
@@ -77,10 +83,12 @@ def _evaluate(case: Case, run: Maths, tensors: Tensors, sizes: dict) -> dict[str
     """Outputs and, where the case times a backward, the gradient of every leaf."""
     outputs = as_tuple(run(tensors, sizes))
     found = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-    if case.modes == (FORWARD,):
+    if not case.has_backward:
         return found
     wanted = leaves(tensors)
     gradients = torch.autograd.grad(outputs, list(wanted.values()), upstream(outputs))
+    if case.whole_model:
+        return found | {"gradient": torch.cat([g.flatten() for g in gradients])}
     return found | {f"d{name}": g for name, g in zip(wanted, gradients, strict=True)}
 
 
@@ -128,14 +136,22 @@ def _cond(case: Case, tensors: Tensors) -> dict[str, float]:
     return {"output 0": roundings, **dict(zip(wanted, gradients, strict=True))}
 
 
-def _judge(ours: Tensors, yardsticks: list[Tensors], oracle: Tensors, cond: dict) -> Verdict:
+def _judge(
+    ours: Tensors,
+    yardsticks: list[Tensors],
+    oracle: Tensors,
+    cond: dict,
+    coarsest: float = 0.0,
+) -> Verdict:
+    """`coarsest`: the eps of the precision that results of a finer dtype were computed in."""
     worst, detail = -1.0, "nothing was compared"
     for name, reference in oracle.items():
         if ours[name].shape != reference.shape:
             shapes = f"{tuple(ours[name].shape)}, not {tuple(reference.shape)}"
             return Verdict("red", f"{name} has shape {shapes}")
         error = float((ours[name].double() - reference).norm())
-        norm, eps = float(reference.norm()), torch.finfo(ours[name].dtype).eps
+        norm = float(reference.norm())
+        eps = max(torch.finfo(ours[name].dtype).eps, coarsest)
         errors = [float((other[name].double() - reference).norm()) for other in yardsticks]
         # a yardstick that overflowed excuses nothing
         lenience = max((e for e in errors if math.isfinite(e)), default=0.0)

@@ -126,6 +126,55 @@ def block(s: dict, draw: Draw) -> Tensors:
     return tensors
 
 
+def _model(name: str, draw: Draw, prefix: str = "", only: str = "") -> Tensors:
+    """A model's parameters as a new one has them, fp32 leaves under their names."""
+    from bench.peers.model import model_config
+    from tinyclip.models import create_model
+
+    with torch.random.fork_rng(), torch.device(draw.device):
+        torch.manual_seed(draw.generator.initial_seed())
+        named = create_model(model_config(name)).named_parameters()
+    return {prefix + n: p.detach().requires_grad_() for n, p in named if n.startswith(only)}
+
+
+def _images(s: dict, draw: Draw, dtype: torch.dtype) -> Tensor:
+    """(B, 3, height, width), standard normal as preprocessed pixels are."""
+    from bench.peers.model import model_config
+
+    shape = (s["B"], 3, *model_config(s["model"]).vision.height_width)
+    drawn = torch.empty(shape, device=draw.device).normal_(generator=draw.generator)
+    return drawn.to(dtype)
+
+
+def train_step(s: dict, draw: Draw) -> Tensors:
+    """images, texts (B, L) that end at half their context, and the parameters."""
+    from bench.peers.model import model_config
+
+    text = model_config(s["model"]).text
+    texts = torch.randint(
+        1, text.vocab_size - 1, (s["B"], text.context_length), generator=draw.generator,
+        device=draw.device,
+    )  # fmt: skip
+    texts[:, text.context_length // 2] = text.vocab_size - 1  # the end of text is the largest token
+    inputs = {"images": _images(s, draw, torch.float32), "texts": texts}
+    return {**inputs, **_model(s["model"], draw)}
+
+
+def distill_step(s: dict, draw: Draw) -> Tensors:
+    """The student's `train_step`, and a teacher's parameters without a gradient."""
+    from bench.peers.model import TEACHER
+
+    teacher = _model(s["teacher"], draw, TEACHER)
+    return train_step(s, draw) | {name: tensor.detach() for name, tensor in teacher.items()}
+
+
+def encode_image(s: dict, draw: Draw) -> Tensors:
+    """images and the image tower's parameters in the case's dtype, no leaves."""
+    tower = _model(s["model"], draw, only="visual.")
+    parameters = {name: tensor.detach().to(draw.dtype) for name, tensor in tower.items()}
+    return {"images": _images(s, draw, draw.dtype), **parameters}
+
+
 def gemm(s: dict, draw: Draw) -> Tensors:
     """x (M, K), weight (N, K)."""
     return {"x": draw.normal(s["M"], s["K"]), "weight": draw.normal(s["N"], s["K"])}

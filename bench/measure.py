@@ -2,12 +2,13 @@
 
 import contextlib
 import gc
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from bench import gate, timing
-from bench.case import FORWARD, GRAPHED, Case
+from bench.case import GRAPHS, Case
 from bench.peers import CannotRun, Tensors
 from bench.roofline import Machine, percent, roof_ms
 from bench.timing import Timed
@@ -20,12 +21,19 @@ class Settings(NamedTuple):
     """How to measure.
 
     ``device`` is "cpu" or "cuda", ``seconds`` about how long a row's timed rounds take (never fewer
-    than five rounds), ``backend`` which of tinyclip's backends is ours.
+    than five rounds), ``backend`` which of tinyclip's backends is ours. A `rehearsal` runs the
+    GPU's cases on a CPU, at toy sizes.
     """
 
     device: str
     seconds: float
     backend: str = "auto"
+    rehearsal: bool = False
+
+    @property
+    def cases(self) -> str:
+        """Whose cases they are, as `bench.registry` names them."""
+        return "rehearsal" if self.rehearsal else self.device
 
 
 class Bench:
@@ -38,13 +46,13 @@ class Bench:
     """
 
     def __init__(self, settings: Settings, machine: Machine | None = None, ops: Any = None):
-        self.device, self.seconds, self.backend = settings
+        self.device, self.seconds, self.backend = settings[:3]
         self.machine = machine
         self._ops = ops
         self._case: Case | None = None
         self._tensors: Tensors = {}
         self._upstream: list[torch.Tensor] = []
-        self._verdicts: dict[str, gate.Verdict] = {}
+        self._verdicts: dict[tuple[str, str], gate.Verdict] = {}  # a case is judged once
         self._served: dict[str, str] = {}
 
     def row(self, case: Case, mode: str, peer: str) -> dict[str, Any]:
@@ -72,7 +80,7 @@ class Bench:
                 return {"status": FAILED, "gate": "red", "reason": reason}
         theirs = self.step(theirs, mode)
         found = {"status": MEASURED, "gate": "green", "gate_detail": verdict.detail}
-        if case.call is None:
+        if not case.has_ours:
             raw = timing.alone(theirs, self.device, self.seconds)
             found |= {"raw_ms": raw, "peak_mb": timing.peak_mb(theirs, self.device)}
         else:
@@ -83,16 +91,19 @@ class Bench:
             raw = paired.ours_ms
             found |= {"raw_ms": raw, "peer_raw_ms": paired.peer_ms, "ratio": paired.ratio}
             found |= {"ratio_p20": paired.p20, "ratio_p80": paired.p80}
-            if mode != GRAPHED:  # a replay allocates nothing
+            if mode not in GRAPHS:  # a replay allocates nothing, and is one call of the host
                 found["peak_mb"] = timing.peak_mb(ours, self.device)
                 found["peer_peak_mb"] = timing.peak_mb(theirs, self.device)
-            found["backend"] = name if engine else "+".join(dict.fromkeys(self._served.values()))
+                found["host_ms"] = timing.host_ms(ours, self.device)
+                found["peer_host_ms"] = timing.host_ms(theirs, self.device)
+            servers = "+".join(dict.fromkeys(self._served.values())) or self.backend
+            found["backend"] = name if engine else servers
         return found | self._against_roof(case, mode, timing.quantile(raw, 0.5))
 
     @staticmethod
     def _gated(case: Case, name: str) -> tuple[str, ...]:
         """Who has to be right for a row: what is timed as ours, and an engine of ours beside it."""
-        if case.call is None:
+        if not case.has_ours:
             return (name,)
         return ("ours", name) if case.peers[name].engine else ("ours",)
 
@@ -122,20 +133,22 @@ class Bench:
         self._case = case
 
     def _forget(self) -> None:
-        self._case, self._tensors, self._upstream = None, {}, []
-        self._verdicts, self._served = {}, {}
+        self._case, self._tensors, self._upstream, self._served = None, {}, [], {}
         if self.device == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
 
     def ours(self, case: Case) -> Timed:
-        """The op on the case's inputs, under the chosen backend."""
+        """Ours on the case's inputs, under the chosen backend."""
         import tinyclip
 
-        tensors, sizes = self._tensors, dict(case.sizes)
-        return Timed(
-            lambda: case.call(self.ops, tensors, sizes), lambda: tinyclip.backend(self.backend)
-        )
+        call = self._call(case, self._tensors, dict(case.sizes))
+        return Timed(call, lambda: tinyclip.backend(self.backend))
+
+    def _call(self, case: Case, tensors: Tensors, sizes: dict) -> Callable[[], Any]:
+        if case.ours is not None:
+            return case.ours.build(tensors, sizes, self.device).call
+        return lambda: case.call(self.ops, tensors, sizes)
 
     def _find_server(self, case: Case) -> None:
         """Note which backend serves each op of the case at its full size."""
@@ -154,13 +167,13 @@ class Bench:
     def verdict(self, case: Case, who: str) -> gate.Verdict:
         """Of "ours" or of a peer against the oracle, once a case."""
         self._find_server(case)
-        if who not in self._verdicts:
+        if (case.id, who) not in self._verdicts:
             # What holds while a peer runs forward has to hold for its backward, too.
             around = contextlib.nullcontext if who == "ours" else self.peer(case, who).context
             with around():
                 found = gate.check(case, self.device, self._candidate(case, who))
-            self._verdicts[who] = found
-        return self._verdicts[who]
+            self._verdicts[case.id, who] = found
+        return self._verdicts[case.id, who]
 
     def _candidate(self, case: Case, who: str):
         # By itself the op might serve the gate's smaller size from elsewhere: check what is timed.
@@ -171,7 +184,7 @@ class Bench:
             import tinyclip
 
             with tinyclip.backend(backend):
-                return case.call(self.ops, tensors, sizes)
+                return self._call(case, tensors, sizes)()
 
         def theirs(tensors: Tensors, sizes: dict):
             timed = case.peers[who].build(tensors, sizes, self.device)
@@ -182,8 +195,9 @@ class Bench:
 
     def step(self, timed: Timed, mode: str) -> Timed:
         """One timed unit: a forward without gradients, or a forward and every gradient."""
-        if mode == FORWARD:
-            return Timed(timed.call, lambda: _without_gradients(timed))
+        if "backward" not in mode:
+            forward = Timed(timed.call, lambda: _without_gradients(timed))
+            return timing.graphed(forward, self.device) if mode in GRAPHS else forward
         if not self._upstream:
             with timed.context():
                 self._upstream = gate.upstream(gate.as_tuple(timed.call()))
@@ -193,7 +207,7 @@ class Bench:
             torch.autograd.grad(gate.as_tuple(timed.call()), wanted, self._upstream)
 
         stepped = Timed(both, timed.context)
-        return timing.graphed(stepped) if mode == GRAPHED else stepped
+        return timing.graphed(stepped, self.device) if mode in GRAPHS else stepped
 
 
 class _Explained:

@@ -4,6 +4,7 @@ Adding a case is one line of a table or a generator below. Adding an op is a fun
 `inputs`, `work` and `calls`, its peers, and one generator here.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from bench import calls, inputs, work
-from bench.case import BOTH, FORWARD, GRAPHED, Case
+from bench.case import BOTH, FORWARD, FORWARD_GRAPHED, GRAPHED, Case
 from bench.peers import (
     Peer,
     Tensors,
@@ -21,6 +22,7 @@ from bench.peers import (
     contrastive,
     layer_norm,
     mlp,
+    model,
     plain,
 )
 
@@ -67,6 +69,12 @@ _BLOCK = {
     "compile": compiled(block.plain_maths),
 }
 _MASKED_BLOCK = {"tinyclip-masked": plain(block.tinyclip_masked)}
+_STEP = {
+    "open_clip": model.open_clip_training,
+    "open_clip-compile": model.open_clip_compiled,
+    "ours-compile": model.ours_compiled,
+}
+_INFERENCE = {"open_clip": model.open_clip_inference}
 
 # The towers of CLIP: B/32 vision, text, B/16, L/14 and L/14 at 336 pixels.
 _TOWERS = {
@@ -76,13 +84,18 @@ _TOWERS = {
     "257x16h": {"L": 257, "H": 16, "D": 64},
     "577x16h": {"L": 577, "H": 16, "D": 64},
 }
-# Their MLPs at batch 1024: B/32, B/16, L/14 and the width-512 text.
+# Their MLPs at batch 1024: B/32, B/16, L/14 and the width-512 text; B/16's at 64 and 256.
 _MLPS = {
     "51200x768": {"M": 51_200, "C": 768, "F": 3072},
     "201728x768": {"M": 201_728, "C": 768, "F": 3072},
     "263168x1024": {"M": 263_168, "C": 1024, "F": 4096},
     "78848x512": {"M": 78_848, "C": 512, "F": 2048},
+    "12608x768": {"M": 12_608, "C": 768, "F": 3072},
+    "50432x768": {"M": 50_432, "C": 768, "F": 3072},
 }
+# Models whose steps are timed, and a student's teacher.
+_MODELS = ("ViT-B-32", "TinyCLIP-ViT-8M-16-Text-3M")
+_TEACHER = "ViT-B-16"
 _CPU_BATCH = {"50x12h": 16, "77 causal x8h": 16, "197x12h": 4, "257x16h": 2, "577x16h": 1}
 
 
@@ -103,11 +116,11 @@ def _case(op: str, name: str, device: str, sizes: dict, beside: Mapping[str, Pee
 
 def _attentions(device: str) -> Iterator[Case]:
     more = {"eager": attention.eager, "reduced": {"B": 2}}
-    gpu = [(tower, batch) for batch in (1024, 64) for tower in _TOWERS]
+    gpu = [(tower, batch) for batch in (1024, 64, 256) for tower in _TOWERS]
     for tower, batch in gpu if device == "cuda" else _CPU_BATCH.items():
         name, sizes = f"{tower} b{batch}", {**_TOWERS[tower], "B": batch}
-        # at batch 64 the launches cost as much as the kernel: see it without them as well
-        graphed = (GRAPHED,) if batch == 64 else ()
+        # at small batches the launches cost as much as the kernel: see it without them as well
+        graphed = (GRAPHED,) if batch in (64, 256) else ()
         more |= {"fused": "sdpa-flash", "modes": (FORWARD, BOTH, *graphed)}
         yield _case("attention", name, device, sizes, _ATTENTION, **more)
         yield _case("attention_qkv", name, device, sizes, _QKV, **more)
@@ -129,6 +142,7 @@ def _mlps(device: str) -> Iterator[Case]:
 
 def _norms(device: str) -> Iterator[Case]:
     gpu = [(m, c) for m in (51_200, 201_728) for c in (768, 1024)]
+    gpu += [(12_608, 768), (50_432, 768)]
     for m, c in gpu if device == "cuda" else [(4096, 512)]:
         sizes, name, more = {"M": m, "C": c}, f"{m}x{c}", {"reduced": {"M": 301}}
         more["eager"] = layer_norm.eager
@@ -141,7 +155,8 @@ def _norms(device: str) -> Iterator[Case]:
 
 
 def _losses(device: str) -> Iterator[Case]:
-    width, batches = (512, (8192, 32_768, 65_536)) if device == "cuda" else (256, (1024, 2048))
+    gpu = (8192, 32_768, 65_536, 1024)
+    width, batches = (512, gpu) if device == "cuda" else (256, (1024, 2048))
     reduced = {"B": 1037 if device == "cuda" else 301}
     for batch in batches:
         hard = {"B": batch, "D": width, "scale": CLIP_SCALE}
@@ -170,9 +185,31 @@ def _blocks(device: str) -> Iterator[Case]:
         more = {"eager": block.plain_maths, "reduced": {"B": 2}, "modes": (BOTH,)}
         yield _case("block", f"{tower} b{batch}", device, sizes, _BLOCK, **more)
     more["eager"] = block.tinyclip_masked
-    sizes = {**_TOWERS["50x12h"], "B": batch, "F": 3072, "activation": "quick_gelu"}
-    masked = {**sizes, "masked": True}
-    yield _case("block", f"50x12h masked b{batch}", device, masked, _MASKED_BLOCK, **more)
+    for tower in ("50x12h", "197x12h") if device == "cuda" else ("50x12h",):
+        sizes = {**_TOWERS[tower], "B": batch, "F": 3072, "activation": "quick_gelu"}
+        masked = {**sizes, "masked": True}
+        yield _case("block", f"{tower} masked b{batch}", device, masked, _MASKED_BLOCK, **more)
+
+
+def _models(device: str) -> Iterator[Case]:
+    """Whole steps, on a GPU only: bf16 autocast in training, bf16 weights at inference."""
+    if device == "cpu":
+        return
+    more = {"reduced": {"B": 4}, "whole_model": True, "ours": model.ours_training}
+    more |= {"eager": model.plain_training, "modes": (BOTH, GRAPHED)}
+    for name in _MODELS:
+        for batch in (256, 64, 1024):
+            sizes = {"model": name, "B": batch}
+            yield _case("train_step", f"{name} b{batch}", device, sizes, _STEP, **more)
+    for batch in (256, 64, 1024):
+        sizes = {"model": _MODELS[1], "teacher": _TEACHER, "B": batch}
+        yield _case("distill_step", f"{_MODELS[1]} b{batch}", device, sizes, _STEP, **more)
+    more |= {"eager": model.plain_inference, "ours": model.ours_inference}
+    more["modes"] = (FORWARD, FORWARD_GRAPHED)
+    for name in _MODELS:
+        for batch in (1, 32, 256):
+            sizes = {"model": name, "B": batch}
+            yield _case("encode_image", f"{name} b{batch}", device, sizes, _INFERENCE, **more)
 
 
 def _linear(t: Tensors, s: dict) -> Tensor:
@@ -188,8 +225,10 @@ def _clone(t: Tensors, s: dict) -> Tensor:
     return t["x"].clone()
 
 
-def baselines() -> list[Case]:
+def baselines(device: str = "cuda") -> list[Case]:
     """PyTorch alone on a GPU: what the tables of every later kernel are read against."""
+    if device == "rehearsal":
+        return [_toy(case) for case in baselines()]
     alone = {"eager": _clone, "reduced": {"N": 2**20}, "modes": (FORWARD,)}
     found = [_case("copy", "4.3 GB", "cuda", {"N": 2**31}, {"clone": plain(_clone)}, **alone)]
     alone = {"eager": _linear_fp32, "reduced": {"M": 300}, "modes": (FORWARD,)}
@@ -206,15 +245,32 @@ def baselines() -> list[Case]:
     return found
 
 
+_TOY = {"M": 64, "model": "toy", "teacher": "toy"}
+_TOY_BATCH = {"contrastive_loss": 64, "contrastive_stats": 64, "contrastive_grads": 64}
+
+
+def _toy(case: Case) -> Case:
+    """A GPU's case on a CPU, at sizes that take milliseconds."""
+    small = {**_TOY, "B": _TOY_BATCH.get(case.op, 2)}
+    small |= {"N": 2**16} if case.op == "copy" else {}
+    sizes, reduced = (
+        {name: small.get(name, size) for name, size in given.items()}
+        for given in (case.sizes, case.reduced)
+    )
+    return dataclasses.replace(case, device="cpu", sizes=sizes, reduced=reduced)
+
+
 def cases(device: str) -> list[Case]:
-    """Every op's cases on a kind of device."""
-    groups = (_attentions, _mlps, _norms, _losses, _blocks)
+    """Every op's cases on a kind of device: "cpu", "cuda", or "rehearsal", the GPU's on a CPU."""
+    if device == "rehearsal":
+        return [_toy(case) for case in cases("cuda")]
+    groups = (_attentions, _mlps, _norms, _losses, _blocks, _models)
     return [case for group in groups for case in group(device)]
 
 
 def find(identity: str, device: str) -> Case:
     """The case of an `id`."""
-    for case in cases(device) + (baselines() if device == "cuda" else []):
+    for case in cases(device) + ([] if device == "cpu" else baselines(device)):
         if case.id == identity:
             return case
     raise KeyError(f"no case {identity!r} for {device}; python -m bench --list names them")

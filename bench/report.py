@@ -66,7 +66,7 @@ def commit() -> str:
 
 
 def environment(device: str) -> dict[str, str | None]:
-    """What a number means nothing without."""
+    """What a number means nothing without; `device` as `bench.registry` names its cases."""
     try:
         import triton
 
@@ -74,7 +74,9 @@ def environment(device: str) -> dict[str, str | None]:
     except ImportError:
         triton_version = None
     gpu = driver = None
-    if device == "cuda" and torch.cuda.is_available():
+    if device == "rehearsal":
+        gpu = "rehearsal on a CPU"
+    elif device == "cuda" and torch.cuda.is_available():
         gpu = torch.cuda.get_device_name()
         driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
@@ -88,27 +90,65 @@ def environment(device: str) -> dict[str, str | None]:
 
 
 def results_file(base: Path, env: dict) -> Path:
-    """``base/<gpu>/<date>-<commit>.json``, numbered rather than overwritten."""
+    """``base/<gpu>/<date>-<commit>.json``.
+
+    The parts of one commit, measured in one environment, share a file, whatever the day. What no
+    commit names (a changed tree, no git) and other versions are numbered rather than overwritten.
+    """
     gpu = re.sub(r"[^a-z0-9]+", "-", (env["gpu"] or "no-gpu").lower()).strip("-")
-    stem = f"{datetime.date.today().isoformat()}-{env['commit']}"
-    path, again = base / gpu / f"{stem}.json", 2
+    folder, commit = base / gpu, env["commit"]
+    if commit != "unknown" and not commit.endswith("-dirty"):
+        for path in sorted(folder.glob(f"????-??-??-{commit}*.json")):
+            if _load(path).get("env") == env:
+                return path
+    stem = f"{datetime.date.today().isoformat()}-{commit}"
+    path, again = folder / f"{stem}.json", 2
     while path.exists():
-        path, again = base / gpu / f"{stem}-{again}.json", again + 1
+        path, again = folder / f"{stem}-{again}.json", again + 1
     return path
 
 
-class Report:
-    """The rows of a run, on disk (if `path` is given) after every change."""
+def _load(path: Path) -> dict[str, Any]:
+    """What a results file holds; nothing where it is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("rows"), list) else {}
 
-    def __init__(self, path: Path | None, env: dict, rows: list[Row]):
+
+class Report:
+    """The rows of a run, on disk (if `path` is given) after every change.
+
+    Args:
+        path: of the file.
+        env: `environment`.
+        rows: all that is planned, each as `blank`.
+        notes: what else is planned, as it is to be read where nothing becomes of it.
+        merge: keep what an earlier run left in the file and this one does not measure again.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        env: dict,
+        rows: list[Row],
+        notes: dict[str, Any] | None = None,
+        merge: bool = False,
+    ):
         self.path = path
+        before = _load(path) if merge else {}
         self.data: dict[str, Any] = {
-            "env": env,
             "machine": {"copy_tb_s": None, "gemm_tflops": None},
-            "rows": rows,
+            **(notes or {}),
+            **before,
+            "env": env,
             "complete": False,
         }
-        self._at = {self._key(row): i for i, row in enumerate(rows)}
+        self.planned = {self._key(row) for row in rows}
+        known = {self._key(row): row for row in before.get("rows", ())}
+        self.data["rows"] = list(({self._key(row): row for row in rows} | known).values())
+        self._at = {self._key(row): i for i, row in enumerate(self.rows)}
         self.write()
 
     @staticmethod
@@ -128,13 +168,20 @@ class Report:
         self.data[name] = value
         self.write()
 
+    @property
+    def of_this_run(self) -> list[Row]:
+        """The rows that were planned, as they are by now."""
+        return [row for row in self.rows if self._key(row) in self.planned]
+
     def update(self, row: Row, found: Row) -> Row:
-        """Replace what is known about `row`."""
+        """Replace what is known about `row`; "not run" replaces nothing that was measured."""
         index = self._at[self._key(row)]
         reason = {} if "reason" in found else {"reason": None}
-        self.rows[index] = {**row, **reason, **found}
-        self.write()
-        return self.rows[index]
+        new = {**row, **reason, **found}
+        if new["status"] != NOT_RUN or self.rows[index]["status"] == NOT_RUN:
+            self.rows[index] = new
+            self.write()
+        return new
 
     def write(self) -> None:
         """Replace the file by the present state: a reader sees the old one or the new, whole."""
@@ -153,6 +200,42 @@ class Report:
             raise
 
 
+def merge(source: Path, base: Path) -> Path:
+    """Add a results file of another folder to the one of its commit under `base`; that one's path.
+
+    Raises:
+        ValueError: `source` is no results file.
+    """
+    found = _load(source)
+    if not found or not isinstance(found.get("env"), dict):
+        raise ValueError(f"merge: {source} is no results file of `python -m bench gpu`")
+    env, rows = found.pop("env"), found.pop("rows")
+    written = Report(results_file(base, env), env, rows, merge=True)
+    for row in rows:
+        written.update(row, row)
+    for name, value in found.items():
+        known = written.data.get(name)
+        if isinstance(known, dict) and isinstance(
+            value, dict
+        ):  # entry by entry, as parts have them
+            entries = {at: entry for at, entry in value.items() if at not in known or _ran(entry)}
+            written.note(name, known | entries if _ran(value) else known)
+        elif name not in written.data or _ran(value):
+            written.note(name, value)
+    return written.path
+
+
+def _ran(value: Any) -> bool:
+    """Whether a note, or any of its entries, tells of something that was run."""
+    if isinstance(value, dict):
+        if "status" in value:
+            return value["status"] != NOT_RUN
+        return any(_ran(entry) for entry in value.values())
+    if isinstance(value, list):
+        return any(_ran(entry) for entry in value)
+    return value is not None
+
+
 def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
@@ -161,16 +244,16 @@ _HEADER = ("op", "case", "mode", "peer", "ours ms", "ratio", "p20..p80", "% roof
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    mode = {"forward": "fwd", "forward+backward": "fwd+bwd"}.get(row["mode"], "graphed")
+    mode = row["mode"].replace("forward", "fwd").replace("backward", "bwd")
     named = (row["op"], row["case"], mode, row["peer"])
     if row["status"] == FAILED:
         return (*named, row["reason"])
     spread = "-"
-    if row["ratio"] is not None:
+    if row.get("ratio_p20") is not None:
         spread = f"{row['ratio_p20']:.2f}..{row['ratio_p80']:.2f}"
     return (
         *named,
-        _number(row["ms"], 3),
+        _number(row.get("ms"), 3),
         _number(row["ratio"]),
         spread,
         _number(row["percent_of_roof"], 0),
@@ -196,7 +279,8 @@ def table(rows: list[Row]) -> str:
     if shown:
         lines.append("ratio = the peer's time / ours: above 1, ours is faster.")
     wide = sum(
-        row["ratio"] is not None and row["ratio_p80"] > 1.5 * row["ratio_p20"] for row in rows
+        row.get("ratio_p20") is not None and row["ratio_p80"] > 1.5 * row["ratio_p20"]
+        for row in rows
     )
     if wide:
         lines.append(

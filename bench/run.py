@@ -84,7 +84,9 @@ class Runner:
             self._worker.stop()
         self._worker = None
 
-    def _ask(self, timeout: float, **request) -> dict:
+    def ask(self, timeout: float, **request) -> dict:
+        """A request to the measuring process (`bench.worker`), which is started where there is
+        none."""
         if self._worker is None or not self._worker.alive:
             self._worker = Worker(self.settings)
         return self._worker.ask(timeout, **request)
@@ -92,7 +94,7 @@ class Runner:
     def measure_machine(self, deadline: float) -> None:
         """The ceilings; without them rows have no percent of roof."""
         try:
-            found = self._ask(max(_LEAST, deadline - time.monotonic()), do="machine")
+            found = self.ask(max(_LEAST, deadline - time.monotonic()), do="machine")
         except WorkerLost as lost:
             print(f"the machine's ceilings were not measured: {lost}", file=sys.stderr)
             return
@@ -100,8 +102,8 @@ class Runner:
         self.report.machine(self.machine)
 
     def run(self, entries: list[Entry], deadline: float) -> None:
-        """Measure `entries` until `deadline` (of time.monotonic)."""
-        for entry in order(entries):
+        """Measure `entries` in this order until `deadline` (of time.monotonic)."""
+        for entry in entries:
             left = deadline - time.monotonic()
             if left < _LEAST:
                 found = {"status": NOT_RUN, "reason": "the time budget was used up"}
@@ -114,7 +116,7 @@ class Runner:
         machine = self.machine._asdict() if self.machine else None
         request = {"case": entry.case.id, "mode": entry.mode, "peer": entry.peer}
         try:
-            return self._ask(min(limit, left), do="row", machine=machine, **request)
+            return self.ask(min(limit, left), do="row", machine=machine, **request)
         except WorkerLate as late:
             if left < limit:
                 reason = "the time budget was used up while it ran"

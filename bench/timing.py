@@ -132,8 +132,13 @@ def alone(timed: Timed, device: str, seconds: float) -> list[float]:
         return [measure(timed.call, calls) for _ in range(rounds)]
 
 
-def graphed(timed: Timed) -> Timed:
-    """The same work as one CUDA graph replay: the launches' cost on the host is gone."""
+def graphed(timed: Timed, device: str) -> Timed:
+    """The same work as one CUDA graph replay: the launches' cost on the host is gone.
+
+    A CPU has no graphs: there it is the work itself, for a rehearsal.
+    """
+    if device == "cpu":
+        return timed
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with timed.context(), torch.cuda.stream(stream):
@@ -144,6 +149,19 @@ def graphed(timed: Timed) -> Timed:
     with timed.context(), torch.cuda.graph(graph):
         timed.call()
     return Timed(graph.replay)
+
+
+def host_ms(timed: Timed, device: str, calls: int = 5) -> float:
+    """Milliseconds that a call keeps the host, the device's work left running: the median."""
+    taken = []
+    with timed.context():
+        for _ in range(calls):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            timed.call()
+            taken.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(taken)
 
 
 def peak_mb(timed: Timed, device: str) -> float | None:

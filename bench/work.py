@@ -9,9 +9,12 @@ Padding is counted as if it were attended: how much of it there is depends on th
 Letters: B batch, L tokens, H heads, D head dim, C channels, F hidden, M rows.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
+
+from bench.peers.model import macs, model_config, skeleton
 
 _STATISTIC = 4  # row statistics are fp32 whatever the dtype
 
@@ -33,8 +36,8 @@ class Passes(NamedTuple):
     backward: Work
 
     def of(self, mode: str) -> Work:
-        """The work of a mode: ``forward`` alone, or both passes."""
-        return self.forward if mode == "forward" else self.forward + self.backward
+        """The work of a mode of `bench.case`: the forward alone, or both passes."""
+        return self.forward + self.backward if "backward" in mode else self.forward
 
 
 def attention(s: dict, dtype: torch.dtype) -> Passes:
@@ -116,3 +119,32 @@ def contrastive_stats(s: dict, dtype: torch.dtype) -> Passes:
 def contrastive_grads(s: dict, dtype: torch.dtype) -> Passes:
     """Pass 2 alone: the loss's backward."""
     return Passes(contrastive_loss(s, dtype).backward, Work(0, 0))
+
+
+def _towers(model: str, batch: int) -> Work:
+    """Both towers' forwards over a batch: the products, and weights and images read once (fp32)."""
+    pixels = 3 * math.prod(model_config(model).vision.height_width)
+    numbers = sum(p.numel() for p in skeleton(model).parameters()) + batch * pixels
+    return Work(2 * batch * sum(macs(model)), 4 * numbers)
+
+
+def train_step(s: dict, dtype: torch.dtype) -> Passes:
+    """Both towers and CLIP's loss; a backward is twice the forward's products."""
+    towers = _towers(s["model"], s["B"])
+    forward = towers + Work(2 * s["B"] ** 2 * model_config(s["model"]).embed_dim, 0)
+    return Passes(forward, Work(2 * forward.flops, 2 * towers.bytes))
+
+
+def distill_step(s: dict, dtype: torch.dtype) -> Passes:
+    """The student's `train_step`, and beside it the teacher's forward and logits."""
+    student, teacher = train_step(s, dtype), _towers(s["teacher"], s["B"])
+    logits = Work(2 * s["B"] ** 2 * model_config(s["teacher"]).embed_dim, 0)
+    return Passes(student.forward + teacher + logits, student.backward)
+
+
+def encode_image(s: dict, dtype: torch.dtype) -> Passes:
+    """The image tower alone, weights in the case's dtype."""
+    pixels = 3 * math.prod(model_config(s["model"]).vision.height_width)
+    numbers = sum(p.numel() for p in skeleton(s["model"]).visual.parameters()) + s["B"] * pixels
+    flops = 2 * s["B"] * macs(s["model"]).image
+    return Passes(Work(flops, numbers * dtype.itemsize), Work(0, 0))

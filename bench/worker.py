@@ -22,7 +22,9 @@ from typing import Any
 import torch
 
 from bench import registry, roofline, timing
-from bench.measure import Bench, Settings
+from bench.host import host_profile
+from bench.measure import FAILED, MEASURED, NOT_RUN, Bench, Settings
+from bench.peers import CannotRun
 from bench.roofline import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,7 +106,7 @@ class _Server:
     """Answers the requests; its methods' names are the requests'."""
 
     def __init__(self, settings: Settings):
-        self.device = settings.device
+        self.device, self.cases = settings.device, settings.cases
         self.bench = Bench(settings)
         self._prepared: Any = None
 
@@ -113,12 +115,12 @@ class _Server:
 
     def row(self, case: str, mode: str, peer: str, machine: dict | None) -> dict[str, Any]:
         self.bench.machine = Machine(**machine) if machine else None
-        found = self.bench.row(registry.find(case, self.device), mode, peer)
+        found = self.bench.row(registry.find(case, self.cases), mode, peer)
         return found | {"leaving": self._device_is_lost()}
 
     def prepare(self, case: str, mode: str) -> dict[str, Any]:
         """Gate and warm up one case for `sample`."""
-        found = registry.find(case, self.device)
+        found = registry.find(case, self.cases)
         try:
             self.bench.take(found)
             verdict = self.bench.verdict(found, "ours")
@@ -134,6 +136,20 @@ class _Server:
     def sample(self, calls: int) -> dict[str, Any]:
         with self._prepared.context():
             return {"ms": timing.clock(self.device)(self._prepared.call, calls)}
+
+    def profile(self, case: str, mode: str, who: str, calls: int) -> dict[str, Any]:
+        """Where the host's time goes in ours or in a peer."""
+        found = registry.find(case, self.cases)
+        try:
+            self.bench.take(found)
+            timed = self.bench.ours(found) if who == "ours" else self.bench.peer(found, who)
+            step = self.bench.step(timed, mode)
+            return {"status": MEASURED, "case": case, **host_profile(step, self.device, calls)}
+        except CannotRun as reason:
+            return {"status": NOT_RUN, "case": case, "reason": str(reason)}
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"[:300]
+            return {"status": FAILED, "case": case, "reason": reason}
 
     def _device_is_lost(self) -> bool:
         """A kernel's illegal access makes every later call of the process fail."""

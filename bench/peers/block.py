@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.peers import Peer, Tensors, open_clip
 from bench.peers.attention import future_keys
 from bench.peers.mlp import activation
+from bench.peers.model import bind
 from bench.timing import Timed
 
 
@@ -28,16 +29,6 @@ def plain_maths(t: Tensors, s: dict) -> Tensor:
     return x + F.linear(y, t["mlp.c_proj.weight"], t["mlp.c_proj.bias"])
 
 
-def _bind(module: nn.Module, tensors: Tensors) -> nn.Module:
-    """Put leaves in the place of a module's parameters, so that gradients reach those leaves."""
-    for name, tensor in tensors.items():
-        owner, _, attribute = name.rpartition(".")
-        holder = module.get_submodule(owner)
-        delattr(holder, attribute)
-        setattr(holder, attribute, tensor)
-    return module
-
-
 def open_clip_block() -> Peer:
     """open_clip's ResidualAttentionBlock in training, its causal mask dense as its towers build."""
 
@@ -51,7 +42,7 @@ def open_clip_block() -> Peer:
             mlp_ratio=s["F"] / width,
             act_layer=transformer.QuickGELU if quick else nn.GELU,
         )
-        _bind(block, {name: tensor for name, tensor in t.items() if name != "x"})
+        bind(block, {name: tensor for name, tensor in t.items() if name != "x"})
         mask = None
         if s.get("causal"):
             mask = torch.zeros(s["L"], s["L"], device=device, dtype=t["x"].dtype)

@@ -24,7 +24,8 @@ def public_ops() -> set[str]:
 def test_every_op_has_cases(found):
     named = {case.op for case in found}
     assert public_ops() <= named
-    assert named - public_ops() == {"block"}
+    steps = {"train_step", "distill_step", "encode_image"}
+    assert named - public_ops() == {"block"} | (steps if found is GPU else set())
 
 
 def test_names_are_unique_and_found():
@@ -39,8 +40,9 @@ def test_names_are_unique_and_found():
 def test_gpu_sizes_are_clips():
     attention = {(c.sizes["L"], c.sizes["H"], c.sizes["B"]) for c in GPU if c.op == "attention_qkv"}
     towers = [(50, 12), (77, 8), (197, 12), (257, 16), (577, 16)]
-    assert attention == {(*tower, batch) for tower in towers for batch in (64, 1024)}
-    assert {c.sizes["B"] for c in GPU if c.op == "contrastive_loss"} == {8192, 32_768, 65_536}
+    assert attention == {(*tower, batch) for tower in towers for batch in (64, 256, 1024)}
+    losses = {c.sizes["B"] for c in GPU if c.op == "contrastive_loss"}
+    assert losses == {1024, 8192, 32_768, 65_536}
     assert {c.dtype for c in GPU} == {torch.bfloat16}
 
 

@@ -11,7 +11,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from bench import sanitized
+from bench.gpu import sanitized
 from tests.gpu.problems import (
     ALPHAS,
     BATCHES,

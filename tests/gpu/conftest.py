@@ -9,14 +9,18 @@ import tinyclip
 
 # A smoke test a kernel, then the rule, then what a device alone can show, then the slow ones.
 _ORDER = ("test_smoke", "test_rule", "test_contrastive", "test_ops", "test_mlp", "test_sizes")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def pytest_collection_modifyitems(items):
-    def key(item) -> tuple[bool, bool, int]:
+    def key(item) -> tuple[bool, bool, int, int]:
         stem = item.path.stem
+        dtype = getattr(item, "callspec", None) and item.callspec.params.get("dtype")
         slow = "compiled" in item.name  # Inductor's compiler beside ours
         theirs = "torch" in item.name.replace("torch.", "")  # PyTorch's own kernels
-        return slow, theirs, _ORDER.index(stem) if stem in _ORDER else len(_ORDER)
+        file = _ORDER.index(stem) if stem in _ORDER else len(_ORDER)
+        # bf16 is what models train in: it comes before the other dtypes of a file
+        return slow, theirs, file, _DTYPES.index(dtype) if dtype in _DTYPES else 0
 
     here = [i for i, item in enumerate(items) if item.get_closest_marker("gpu")]
     for i, item in zip(here, sorted((items[i] for i in here), key=key), strict=True):

@@ -30,7 +30,7 @@ def test_auto_is_triton(name):
 @pytest.mark.parametrize("family", ["attention", "mlp_and_norm", "triton", "cuda"])
 def test_the_checkers_problems(family):
     """What compute-sanitizer watches later, without it: here its kernels are compiled."""
-    from bench import sanitized
+    from bench.gpu import sanitized
 
     launches = sum(sanitized.family(family))
     if launches == 0 and family == "cuda":

@@ -1,4 +1,4 @@
-"""What ``python -m bench gpu`` runs in processes of their own: build, tests, the checkers.
+"""What ``python -m bench gpu`` runs in processes of their own: build, compilers, tests, checkers.
 
 A phase has a deadline and ends by it: what still runs is interrupted a little before, then killed,
 with its children. What it leaves is counted from what it wrote while it ran.
@@ -22,18 +22,24 @@ from typing import IO, Any
 
 import torch
 
+from bench.gpu.part import LEAST, Run
 from bench.measure import FAILED, NOT_RUN
 from bench.report import ROOT
 
 CHECKS = ("memcheck", "racecheck")  # compute-sanitizer's tools
-TOOLS = ("setuptools", "pybind11", "ninja", "pytest", "pytest-xdist", "transformers", "timm")
-TESTS = ("-m", "gpu", "-p", "no:randomly", "-p", "bench.outcomes")
+TOOLS = (
+    *("setuptools", "pybind11", "ninja", "pytest", "pytest-xdist", "pytest-timeout"),
+    *("open_clip_torch", "transformers", "timm"),
+)
+TESTS = ("-m", "gpu", "-p", "no:randomly", "-p", "bench.gpu.outcomes")
 # All but the sizes at once; those want the device's memory to themselves.
 SUITES = (
     ("tests/gpu", "--ignore=tests/gpu/test_sizes.py"),
     ("tests/gpu/test_sizes.py",),
 )
+_BUILD_SHARE, _COMPILE_SHARE = 0.3, 0.25  # of what is left when they begin
 _SUITE_SHARES = (0.8, 1.0)  # of what is left for tests when a suite begins
+_TEST_SECONDS = 60  # one that hangs would take the others' time
 _PIP = ("-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "-e", ".")
 _IN_PLACE = ("setup.py", "build_ext", "--inplace")
 _IMPORTS = "import tinyclip.ops, tinyclip.triton_kernels.launch"
@@ -41,7 +47,7 @@ _EXTENSION = "from tinyclip import _extension as e; print(e.cuda_why_not() or 'w
 _LINK = ROOT / "tinyclip" / "triton_kernels"
 _STOPPED = "stopped by the budget"
 _GRACE = 10.0  # seconds from an interruption to the kill, or a fifth of what there is
-_MOST_JOBS = 8  # each holds half a gigabyte of the device
+_MOST_JOBS = 8  # each holds half a gigabyte of the device; past 8 they wait for each other
 
 
 def _start(
@@ -83,6 +89,73 @@ def _finish(process: subprocess.Popen, deadline: float) -> bool:
         process.wait()
 
 
+ENDED = "ended"
+
+
+def run(
+    command: list[str],
+    output: IO[str],
+    deadline: float,
+    cwd: Path = ROOT,
+    ended: str = ENDED,
+    **variables: str,
+) -> str:
+    """`ended`, "failed with status N", or that the budget stopped the command."""
+    process = _start(command, output, cwd, **variables)
+    return _status(process, _finish(process, deadline), ended)
+
+
+def _status(process: subprocess.Popen, in_time: bool, ended: str) -> str:
+    if not in_time:
+        return _STOPPED
+    return f"{FAILED} with status {process.returncode}" if process.returncode else ended
+
+
+class Logged:
+    """A command that runs into a log, beside others."""
+
+    def __init__(self, command: list[str], log: Path, cwd: Path = ROOT):
+        self.log, self._start = log, time.monotonic()
+        with log.open("w") as output:
+            self._process = _start(command, output, cwd)
+
+    def end(self, deadline: float) -> dict[str, Any]:
+        """Wait for it until `deadline`: {status, seconds, said: its last line, log: its name}."""
+        in_time = _finish(self._process, deadline)
+        seconds = round(time.monotonic() - self._start, 1)
+        said = (self.text.strip().splitlines() or [""])[-1]
+        status = _status(self._process, in_time, ENDED)
+        return {"status": status, "seconds": seconds, "said": said, "log": self.log.name}
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def preparation(target: str) -> dict[str, Any]:
+    """What `prepare` notes, before it has run."""
+    blank = {"status": NOT_RUN, "seconds": 0.0}
+    return {"build": dict(blank), f"kernels of {target}": {**blank, "launched": 0, "failed": []}}
+
+
+def prepare(run: Run, target: str) -> bool:
+    """Build, and compile what a part launches; False if nothing of ours can be imported."""
+    path = run.written.path
+    make = rehearsed if run.rehearsal else build
+    built = run.step("build", _BUILD_SHARE, lambda deadline: make(path, deadline))
+    if not built.get("importable", True):
+        return False
+    name = f"kernels of {target}"
+    run.step(name, _COMPILE_SHARE, lambda end: compile_kernels(target, run.cases, path, end))
+    return True
+
+
+def rehearsed(results: Path, deadline: float) -> dict[str, Any]:
+    """In the place of a build: a rehearsal runs what is installed."""
+    importable = _python("-c", _IMPORTS) is not None
+    return {"status": "rehearsed", "seconds": 0.0, "importable": importable}
+
+
 def versions() -> dict[str, str | None]:
     """Of what the build and the tests need: None what is not installed."""
     found: dict[str, str | None] = {}
@@ -121,12 +194,13 @@ def build(results: Path, deadline: float) -> dict[str, Any]:
     log, start = results.with_suffix(".build.log"), time.monotonic()
     wanted = {"TINYCLIP_CUDA_ARCHS": os.environ.get("TINYCLIP_CUDA_ARCHS") or _architecture()}
     with log.open("w") as output:
-        status = _run([sys.executable, *_PIP], output, deadline, **wanted)
+        command = [sys.executable, *_PIP]
+        status = run(command, output, deadline, ended="built", **wanted)
         ways = [f"pip: {status}"]
         if status not in ("built", _STOPPED):
             with _without_pyproject() as folder:
                 command = [sys.executable, *_IN_PLACE]
-                again = _run(command, output, deadline, folder, **wanted)
+                again = run(command, output, deadline, folder, "built", **wanted)
                 ways.append(f"build_ext: {again}")
                 status = "built without pip" if again == "built" else status
     importable = _python("-c", _IMPORTS) is not None
@@ -144,16 +218,6 @@ def build(results: Path, deadline: float) -> dict[str, Any]:
     }
     print(f"build: {status} in {found['seconds']} s, extension: {found['extension']}", flush=True)
     return found
-
-
-def _run(
-    command: list[str], output: IO[str], deadline: float, cwd: Path = ROOT, **variables: str
-) -> str:
-    process = _start(command, output, cwd, **variables)
-    in_time = _finish(process, deadline)
-    if not in_time:
-        return _STOPPED
-    return f"failed with status {process.returncode}" if process.returncode else "built"
 
 
 @contextlib.contextmanager
@@ -185,11 +249,48 @@ def unlink() -> None:
         _LINK.unlink()
 
 
+def _jobs() -> int:
+    """Processes at once: compiling is what takes time, and takes one core."""
+    return max(1, min(_MOST_JOBS, (os.cpu_count() or 1) // 2))
+
+
+def compile_kernels(target: str, cases: str, results: Path, deadline: float) -> dict[str, Any]:
+    """Fill Triton's cache with what a part launches, before anything is tested or timed.
+
+    ``bench.gpu.warm`` runs in `_jobs` processes, each of which takes its share of the launches.
+    """
+    jobs = _jobs()
+    command = [sys.executable, "-m", "bench.gpu.warm", target, cases]
+    started = [
+        Logged([*command, str(n), str(jobs)], results.with_suffix(f".{target}.warm{n}.log"))
+        for n in range(jobs)
+    ]
+    ended = [process.end(deadline) for process in started]
+    text = "\n".join(process.text for process in started)
+    found = {
+        "status": next((e["status"] for e in ended if e["status"] != ENDED), "compiled"),
+        "launched": len(re.findall(r"^launched ", text, re.MULTILINE)),
+        "failed": re.findall(r"^failed (.*)", text, re.MULTILINE)[:50],
+        "seconds": max(e["seconds"] for e in ended),
+    }
+    print(f"kernels of {target}: {found}", flush=True)
+    return found
+
+
+def _time_limit() -> list[str]:
+    """pytest-timeout's words, where it is there."""
+    if importlib.util.find_spec("pytest_timeout") is None:
+        return []
+    # A thread ends the process, also one that waits for a kernel; xdist puts another in its place.
+    method = "thread" if _parallel() else "signal"
+    return [f"--timeout={_TEST_SECONDS}", f"--timeout-method={method}"]
+
+
 def _parallel() -> list[str]:
-    """pytest-xdist's words, where it is there: compiling is what takes time, and takes one core."""
+    """pytest-xdist's words, where it is there."""
     if importlib.util.find_spec("xdist") is None:
         return []
-    jobs = max(1, min(_MOST_JOBS, (os.cpu_count() or 1) // 2))
+    jobs = _jobs()
     words = ["-n", str(jobs)]
     version = importlib.metadata.version("pytest-xdist").split(".")
     if tuple(int(part) for part in version[:2]) >= (3, 2):
@@ -200,7 +301,7 @@ def _parallel() -> list[str]:
 def no_tests(status: str) -> dict[str, Any]:
     """The tests' entry while there is nothing in it."""
     counts = {"passed": 0, "failed": 0, "skipped": 0, "seconds": 0.0}
-    return {"status": status, **counts, "failures": [], "printed": {}}
+    return {"status": status, **counts, "failures": [], "printed": {}, "unreached": []}
 
 
 def tests(results: Path, deadline: float) -> dict[str, Any]:
@@ -212,8 +313,12 @@ def tests(results: Path, deadline: float) -> dict[str, Any]:
     with log.open("w") as output:
         for suite, share in zip(SUITES, _SUITE_SHARES, strict=True):
             parallel = _parallel() if suite is SUITES[0] else []
+            if deadline - time.monotonic() < LEAST:
+                statuses.append(_STOPPED)
+                continue
             suite_deadline = time.monotonic() + share * (deadline - time.monotonic())
-            command = [sys.executable, "-m", "pytest", *TESTS, "-q", *parallel, *suite]
+            words = [*TESTS, "-q", *parallel, *_time_limit(), *suite]
+            command = [sys.executable, "-m", "pytest", *words]
             variables = {"GPU_TESTS_OUTCOMES": str(outcomes), "OMP_NUM_THREADS": "1"}
             process = _start(command, output, **variables)
             in_time = _finish(process, suite_deadline)
@@ -233,14 +338,17 @@ def tests(results: Path, deadline: float) -> dict[str, Any]:
 
 def counted(outcomes: Path) -> dict[str, Any]:
     """The tests' entry from what `bench.outcomes` wrote; a test counts once, by its worst."""
-    found, by_test = no_tests(NOT_RUN), {}
+    found, by_test, planned = no_tests(NOT_RUN), {}, {}
     for line in outcomes.read_text().splitlines() if outcomes.exists() else ():
         try:
             told = json.loads(line)
         except ValueError:  # the line that a kill cut
             continue
-        if by_test.get(told["test"], {}).get("outcome") != "failed":
+        if "planned" in told:
+            planned |= dict.fromkeys(told["planned"])
+        elif by_test.get(told["test"], {}).get("outcome") != "failed":
             by_test[told["test"]] = told
+    found["unreached"] = [name for name in planned if name not in by_test]
     for name, told in by_test.items():
         found[told["outcome"]] += 1
         if told["outcome"] == "failed":
@@ -260,7 +368,7 @@ def check(tool_name: str, results: Path, deadline: float) -> dict[str, Any]:
         return {"status": "tool unavailable", "launches": 0, "seconds": 0.0}
     command = [tool, "--tool", tool_name, "--error-exitcode", "9"]
     with log.open("w") as output:
-        command += [sys.executable, "-m", "bench.sanitized"]
+        command += [sys.executable, "-m", "bench.gpu.sanitized"]
         process = _start(command, output, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         in_time = _finish(process, deadline)
     outcomes = {0: "clean", 9: "errors found"}

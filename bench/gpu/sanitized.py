@@ -1,4 +1,4 @@
-"""``python -m bench.sanitized``: our GPU kernels over edge shapes, for a checker to watch.
+"""``python -m bench.gpu.sanitized``: our GPU kernels over edge shapes, for a checker to watch.
 
 ``python -m bench gpu`` starts it under compute-sanitizer where there is one, after a test has
 compiled the same kernels outside the checker's clock. Under it everything is many times slower, so
