@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import tinyclip
 from tinyclip import _extension
-from tinyclip.ops import _panels, _panels_cuda, contrastive
+from tinyclip.ops import _dispatch, _panels, _panels_cuda, _triton, contrastive
 from tinyclip.ops._dispatch import Cannot, Slower, Spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,9 +203,54 @@ def test_reasons(monkeypatch):
     monkeypatch.setattr(contrastive, "_cuda_missing", lambda: "there is no NVIDIA driver")
     assert contrastive._cuda_why_not(spec()) == Cannot("there is no NVIDIA driver")
     monkeypatch.setattr(contrastive, "_cuda_missing", lambda: None)
-    assert isinstance(contrastive._cuda_why_not(spec()), Slower)
+    assert contrastive._cuda_why_not(spec()) is None
+    assert isinstance(contrastive._cuda_why_not(spec(capability=(8, 0))), Slower)
     with tinyclip.backend("cuda"), pytest.raises(tinyclip.BackendUnavailable, match="on cpu"):
         tinyclip.ops.contrastive_loss(torch.ones(2, 3), torch.ones(2, 3), 1.0)
+
+
+OPS = ("contrastive_loss", "contrastive_stats", "contrastive_grads")
+
+
+@pytest.fixture
+def explained(monkeypatch):
+    """`explain(op)` without arguments on a GPU that is not there, its example in fake tensors."""
+
+    def explain(op, capability, missing=None):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(_dispatch, "_capability", lambda index: capability)
+        monkeypatch.setattr(contrastive, "_cuda_missing", lambda: missing)
+        monkeypatch.setattr(_triton, "_INSTALLED", True)
+        with FakeTensorMode():
+            return tinyclip.explain(op)
+
+    return explain
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_auto_on_the_architecture_that_was_measured(op, explained):
+    told = explained(op, (9, 0))
+    assert told.backend == "cuda"
+    assert told.rows[:2] == (("cuda", "runs", ""), ("triton", "able", "a backend above serves"))
+    told = explained(op, (9, 0), "the extension holds no CUDA code: no nvcc")
+    assert told.backend == "triton"
+    assert told.rows[0] == ("cuda", "cannot", "the extension holds no CUDA code: no nvcc")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_auto_on_any_other_architecture(op, capability, explained):
+    """PyTorch's own until somebody measures; by name ours, and the reason says so."""
+    told = explained(op, capability)
+    assert told.backend == "torch"
+    for backend, state, reason in told.rows[:2]:
+        assert (backend, state) in (("cuda", "slower"), ("triton", "slower"))
+        this = f"this device has {capability[0]}.{capability[1]}"
+        for words in ("9.x (H100)", this, "asked for by name"):
+            assert words in reason, (backend, words)
+    for backend in ("cuda", "triton"):
+        with tinyclip.backend(backend):
+            assert explained(op, capability).backend == backend
 
 
 @needs_code

@@ -27,6 +27,18 @@ def test_auto_is_triton(name):
     assert tinyclip.explain(name).backend == "triton"
 
 
+@pytest.mark.parametrize("name", ["contrastive_loss", "contrastive_stats", "contrastive_grads"])
+def test_auto_serves_the_loss_where_it_was_measured(name):
+    """`cuda` where the extension has code for this device, else `triton`; elsewhere PyTorch's."""
+    told = tinyclip.explain(name)
+    states = {row[0]: row[1] for row in told.rows}
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert told.backend == ("triton" if states["cuda"] == "cannot" else "cuda")
+    else:
+        assert told.backend == "torch"
+        assert states["triton"] == "slower"
+
+
 @pytest.mark.parametrize("family", ["attention", "mlp_and_norm", "triton", "cuda"])
 def test_the_checkers_problems(family):
     """What compute-sanitizer watches later, without it: here its kernels are compiled."""
