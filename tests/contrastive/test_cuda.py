@@ -196,6 +196,7 @@ def test_reasons(monkeypatch):
         ({"device": "cpu", "capability": None}, "needs a CUDA device, the tensors are on cpu"),
         ({"capability": (7, 5)}, "needs compute capability 8.0"),
         ({"dtype": torch.float64}, "no fp64 kernels"),
+        ({"has_fp64": True}, "no fp64 kernels, and a tensor of the call is fp64"),
     ):
         verdict = contrastive._cuda_why_not(spec(**values))
         assert isinstance(verdict, Cannot)

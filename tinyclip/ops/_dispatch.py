@@ -30,7 +30,11 @@ class Slower(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What a candidate may look at: plain values, so that Dynamo can guard them."""
+    """What a candidate may look at: plain values, so that Dynamo can guard them.
+
+    ``dtype`` is that of the leading tensor; ``has_fp64`` says whether any tensor of the call is
+    fp64, parameters, gates, scales and a teacher's features included.
+    """
 
     op: str
     device: str
@@ -39,6 +43,7 @@ class Spec(NamedTuple):
     needs_grad: bool
     sizes: dict[str, int]
     flags: tuple[str, ...]
+    has_fp64: bool = False
 
 
 class Candidate(NamedTuple):
@@ -143,8 +148,16 @@ def make_spec(
     differentiable: tuple[torch.Tensor | None, ...],
     sizes: dict[str, int],
     flags: tuple[str, ...] = (),
+    others: tuple[torch.Tensor | None, ...] = (),
 ) -> Spec:
-    """The spec of a call: device and dtype of `leading`, grad if any of `differentiable` asks."""
+    """Build the spec of a call.
+
+    Args:
+        leading: gives device and dtype.
+        differentiable: ask for gradients, where grad mode is on and any of them requires grad.
+        sizes, flags: as the op's candidates want them.
+        others: float tensors of the call beside `leading` and `differentiable`.
+    """
     device = leading.device
     needs_grad = False
     if torch.is_grad_enabled():
@@ -152,15 +165,35 @@ def make_spec(
             if tensor is not None and tensor.requires_grad:
                 needs_grad = True
                 break
+    fp64 = torch.float64
+    dtype = leading.dtype
+    has_fp64 = dtype is fp64
+    if not has_fp64:
+        for tensor in differentiable + others:
+            if tensor is not None and tensor.dtype is fp64:
+                has_fp64 = True
+                break
     return Spec(
         op=op,
         device=device.type,
         capability=_capability(device.index) if device.type == "cuda" else None,
-        dtype=leading.dtype,
+        dtype=dtype,
         needs_grad=needs_grad,
         sizes=sizes,
         flags=flags,
+        has_fp64=has_fp64,
     )
+
+
+def fp64_why_not(spec: Spec) -> Cannot | None:
+    """Why kernels without fp64 cannot run a call, or None.
+
+    One fp64 tensor is enough: the op may promise an fp64 result for it, or a kernel read its bits
+    as fp32.
+    """
+    if spec.dtype == torch.float64:
+        return Cannot("no fp64 kernels")
+    return Cannot("no fp64 kernels, and a tensor of the call is fp64") if spec.has_fp64 else None
 
 
 def select(spec: Spec) -> Candidate:

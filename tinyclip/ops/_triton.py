@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from tinyclip.ops._dispatch import Cannot, Slower, Spec
+from tinyclip.ops._dispatch import Cannot, Slower, Spec, fp64_why_not
 
 
 def _installed() -> bool:
@@ -21,11 +21,12 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def triton_why_not(spec: Spec) -> Cannot | Slower | None:
-    """What stands against any Triton kernel: no triton, no device for it, no such dtype."""
+    """Why no Triton kernel can run a call, or None: no triton, no device for it, no such dtype."""
     if not _INSTALLED:
         return Cannot("triton is not installed")
-    if spec.dtype == torch.float64:
-        return Cannot("no fp64 kernels")
+    fp64 = fp64_why_not(spec)
+    if fp64 is not None:
+        return fp64
     if _INTERPRETED:
         if spec.dtype == torch.bfloat16:
             return Cannot("Triton's interpreter multiplies the bits of bf16 as integers")

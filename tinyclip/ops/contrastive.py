@@ -24,6 +24,7 @@ from tinyclip.ops._dispatch import (
     Spec,
     always,
     constant_when_compiled,
+    fp64_why_not,
     make_spec,
     register,
     select,
@@ -175,6 +176,7 @@ def _prepare_loss(image, text, logit_scale, *, teacher=None, alpha=0.0, group=No
     if teacher is not None:
         teacher = Teacher(*_triple(op, teacher))
     names = ("image", "text", "logit_scale", "(M, D)", "(M, D)", "(M, Dt)", "(M, Dt)")
+    others = _scales(logit_scale, teacher if alpha > 0 else None)
     image, text, scale, *teacher = _features(op, names, image, text, logit_scale, teacher)
     m, n = image.shape[0], text.shape[0]
     if m != n:
@@ -187,7 +189,8 @@ def _prepare_loss(image, text, logit_scale, *, teacher=None, alpha=0.0, group=No
         teacher = [None] * 3
     elif teacher[0] is None:
         raise ValueError(f"{op}: alpha > 0 needs a teacher, got alpha = {alpha} and none")
-    spec = _spec(op, image, text, (image, text, scale), teacher[0])
+    image, text, *teacher[:2] = _laid_out(image, text, *teacher[:2])
+    spec = _spec(op, image, text, (image, text, scale), teacher, others)
     return spec, (image, text, scale, *teacher, alpha, group)
 
 
@@ -196,9 +199,11 @@ def _prepare_stats(a, b, scale, *, teacher=None, offset=0):
     if teacher is not None:
         teacher = _triple(op, teacher)
     names = ("a", "b", "scale", "(M, D)", "(N, D)", "(M, Dt)", "(N, Dt)")
+    others = _scales(scale, teacher)
     a, b, scale, *teacher = _features(op, names, a, b, scale, teacher)
     _check_offset(op, offset, a, b)
-    spec = _spec(op, a, b, (), teacher[0])
+    a, b, *teacher[:2] = _laid_out(a, b, *teacher[:2])
+    spec = _spec(op, a, b, (), teacher, others)
     return spec, (*_detached(a, b, scale, *teacher), offset)
 
 
@@ -210,6 +215,7 @@ def _prepare_grads(
     if teacher is not None:
         teacher = _triple(op, teacher)
     names = ("a", "b", "scale", "(M, D)", "(N, D)", "(M, Dt)", "(N, Dt)")
+    others = (*_scales(scale, teacher if alpha > 0 else None), row_weight, col_weight)
     a, b, scale, *teacher = _features(op, names, a, b, scale, teacher)
     _check_offset(op, offset, a, b)
     if not isinstance(stats, Stats):
@@ -228,7 +234,8 @@ def _prepare_grads(
         teacher = [None] * 3
     elif teacher[0] is None:
         raise ValueError(f"{op}: alpha > 0 needs a teacher, got alpha = {alpha} and none")
-    spec = _spec(op, a, b, (), teacher[0])
+    a, b, *teacher[:2] = _laid_out(a, b, *teacher[:2])
+    spec = _spec(op, a, b, (), teacher, others)
     a, b, scale, rows, cols, row_weight, col_weight, *teacher = _detached(
         a, b, scale, stats.rows, stats.cols, row_weight, col_weight, *teacher
     )
@@ -248,8 +255,13 @@ def _triple(op, teacher):
     return teacher
 
 
+def _scales(scale, teacher):
+    """Both scales as they were passed."""
+    return (scale,) if teacher is None else (scale, teacher[2])
+
+
 def _features(op, names, a, b, scale, teacher):
-    """Validated a, b, scale, and the teacher's three (or three None), scales 0-d and working."""
+    """Validate a, b, scale, and the teacher's three (or three None); scales 0-d and working."""
     a_name, b_name, scale_name, a_shape, b_shape, ta_shape, tb_shape = names
     _checks.tensor(op, a_name, a, a_shape)
     _checks.tensor(op, b_name, b, b_shape)
@@ -258,7 +270,7 @@ def _features(op, names, a, b, scale, teacher):
     work = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     scale = _scale(op, scale_name, scale, a_name, a, work)
     if teacher is None:
-        return unit_stride(a), unit_stride(b), scale, None, None, None
+        return a, b, scale, None, None, None
     ta, tb, t_scale = teacher
     ta_name, tb_name = f"teacher.{a_name}", f"teacher.{b_name}"
     _checks.tensor(op, ta_name, ta, ta_shape)
@@ -268,8 +280,12 @@ def _features(op, names, a, b, scale, teacher):
     for name, tensor in ((ta_name, ta), (tb_name, tb)):
         _checks.same_device(op, name, tensor, a_name, a)
     t_scale = _scale(op, f"teacher.{scale_name}", t_scale, a_name, a, work)
-    teacher = (unit_stride(ta.detach()), unit_stride(tb.detach()), t_scale.detach())
-    return unit_stride(a), unit_stride(b), scale, *teacher
+    return a, b, scale, ta.detach(), tb.detach(), t_scale.detach()
+
+
+def _laid_out(*features):
+    """The features with adjacent elements in each row; what is None stays None."""
+    return [x if x is None else unit_stride(x) for x in features]
 
 
 def _scale(op, name, scale, a_name, a, dtype) -> Tensor:
@@ -313,11 +329,15 @@ def _detached(*tensors):
     return [tensor if tensor is None else tensor.detach() for tensor in tensors]
 
 
-def _spec(op, a, b, differentiable, teacher):
+def _spec(op, a, b, differentiable, teacher, others):
+    """The spec; `others` may hold numbers, which are no tensors of the call."""
+    ta, tb, _ = teacher
     sizes = {"M": a.shape[0], "N": b.shape[0], "D": a.shape[1]}
-    if teacher is not None:
-        sizes["Dt"] = teacher.shape[1]
-    return make_spec(op, a, differentiable, sizes, () if teacher is None else ("teacher",))
+    if ta is not None:
+        sizes["Dt"] = ta.shape[1]
+    flags = () if ta is None else ("teacher",)
+    others = (b, ta, tb, *(x for x in others if isinstance(x, Tensor)))
+    return make_spec(op, a, differentiable, sizes, flags, others)
 
 
 def _features_example(device):
@@ -383,8 +403,9 @@ def _cuda_missing() -> str | None:
 def _cuda_why_not(spec: Spec) -> Cannot | Slower | None:
     if spec.device != "cuda":
         return Cannot(f"needs a CUDA device, the tensors are on {spec.device}")
-    if spec.dtype == torch.float64:
-        return Cannot("no fp64 kernels")
+    fp64 = fp64_why_not(spec)
+    if fp64 is not None:
+        return fp64
     if spec.capability < (8, 0):
         return Cannot(f"needs compute capability 8.0, the device has {spec.capability}")
     missing = _cuda_missing()
