@@ -59,12 +59,18 @@ def test_autocast_checkpoint_and_double_backward():
     with tinyclip.backend("cpu"):
         plain, mixed, again = (leaves(tensors) for _ in range(3))
         op(**plain, **options).backward()
-        with torch.autocast("cpu", torch.bfloat16):
-            op(**mixed, **options).backward()
         checkpoint(lambda **kw: op(**kw, **options), **again, use_reentrant=False).backward()
         for name in tensors:
-            assert torch.equal(plain[name].grad, mixed[name].grad), name
             assert torch.equal(plain[name].grad, again[name].grad), name
+        with torch.autocast("cpu", torch.bfloat16):
+            op(**mixed, **options).backward()
+        features, half = options["teacher"][:2], leaves(tensors)
+        teacher = (x.bfloat16() for x in features)
+        cast = {name: half[name].bfloat16() for name in ("image", "text")}
+        teacher = tinyclip.Teacher(*teacher, options["teacher"].logit_scale)
+        op(**{**half, **cast}, **{**options, "teacher": teacher}).backward()
+        for name in tensors:
+            assert torch.equal(half[name].grad, mixed[name].grad), name
         inputs = leaves(tensors)
         (grad, *_) = torch.autograd.grad(
             op(**inputs, **options), list(inputs.values()), create_graph=True

@@ -152,7 +152,8 @@ class CLIP(nn.Module):
                 of the smaller model that `distill.prune` makes of them.
 
         Returns:
-            (B, E) in the parameters' dtype, under autocast in the autocast dtype.
+            (B, E) in the parameters' dtype, under autocast in the autocast dtype; normalised, under
+            CUDA autocast, in fp32, since the norm in F.normalize is one of autocast's fp32 ops.
 
         Raises:
             ValueError: the image has another shape.
@@ -172,7 +173,8 @@ class CLIP(nn.Module):
             gates: as in `encode_image`.
 
         Returns:
-            (B, E) in the parameters' dtype, under autocast in the autocast dtype.
+            (B, E) in the parameters' dtype, under autocast in the autocast dtype; normalised, under
+            CUDA autocast, in fp32, since the norm in F.normalize is one of autocast's fp32 ops.
 
         Raises:
             ValueError: the captions are longer than the context, or have another shape.
@@ -198,7 +200,9 @@ class CLIP(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """-> (image (B, E), text (B, E), scale): features L2-normalised, the scale exp'd.
 
-        An input that is None gives None. The scale has the shape of ``logit_scale``.
+        An input that is None gives None. The scale has the shape of ``logit_scale``. Under CUDA
+        autocast the features are fp32 (see `encode_image`); `ops.contrastive_loss` casts them back
+        to the autocast dtype.
         """
         of_image, of_text = (None, None) if gates is None else gates
         return (

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tinyclip import _extension
 from tinyclip.ops import _checks, _contrastive, _ranks
+from tinyclip.ops._autocast import like_linear
 from tinyclip.ops._contracts import implementation
 from tinyclip.ops._dispatch import (
     Candidate,
@@ -68,8 +69,12 @@ def contrastive_loss(
 
     CLIP is the cross-entropy of each row and column of ``logit_scale * image textT`` against its
     own pair (Radford et al. 2021, figure 3); affinity mimicking is the cross-entropy against the
-    teacher's softmax over the same row or column (Wu et al. 2023, section 3.1). Logits are fp32
-    (fp64 for fp64) under autocast too. Memory is O(M D), never M x M.
+    teacher's softmax over the same row or column (Wu et al. 2023, section 3.1). Memory is O(M D),
+    never M x M.
+
+    Under autocast the features, the teacher's included, are cast to the autocast dtype as F.linear
+    casts its inputs (where any of them is fp64, none is); logits, statistics, scale and loss stay
+    fp32. Without autocast fp32 products follow ``torch.get_float32_matmul_precision()``.
 
     Args:
         image: (M, D), L2-normalised by the caller, row i belongs to row i of `text`.
@@ -106,6 +111,9 @@ def contrastive_stats(
 ) -> Stats:
     """Pass 1: the statistics of ``S = scale a bT`` along rows and columns. Not differentiable.
 
+    Nothing is cast under autocast: `contrastive_grads` has to form the same bits of S, and a caller
+    may run one pass inside an autocast block and the other outside. Pass both the same features.
+
     Args:
         a: (M, D), b: (N, D); the positive of row i is column ``offset + i``.
         scale: a float, or a tensor of shape () or (1,).
@@ -138,7 +146,8 @@ def contrastive_grads(
     """Pass 2: gradients of ``sum_i row_weight_i CE(row i) + sum_j col_weight_j CE(column j)``.
 
     ``dS = w_r (P_r - T_r) + w_c (P_c - T_c)`` with P the softmax that `stats` describes and
-    ``T = (1 - alpha) positive + alpha softmax(teacher)``. Not differentiable.
+    ``T = (1 - alpha) positive + alpha softmax(teacher)``. Not differentiable. Nothing is cast under
+    autocast: see `contrastive_stats`.
 
     Args:
         a, b, scale, teacher, offset: as given to `contrastive_stats`.
@@ -189,7 +198,10 @@ def _prepare_loss(image, text, logit_scale, *, teacher=None, alpha=0.0, group=No
         teacher = [None] * 3
     elif teacher[0] is None:
         raise ValueError(f"{op}: alpha > 0 needs a teacher, got alpha = {alpha} and none")
-    image, text, *teacher[:2] = _laid_out(image, text, *teacher[:2])
+    features = (image, text, *teacher[:2])
+    if not any(x is not None and x.dtype == torch.float64 for x in features):
+        features = like_linear(*features)
+    image, text, *teacher[:2] = _laid_out(*features)
     spec = _spec(op, image, text, (image, text, scale), teacher, others)
     return spec, (image, text, scale, *teacher, alpha, group)
 
