@@ -15,6 +15,7 @@ PANELS = ("tests/contrastive/test_panels.py",)
 LAYOUT, TILE = "csrc/contrastive/cuda_layout.h", "csrc/contrastive/cuda_tile.h"
 PRODUCTS, MERGE = "csrc/contrastive/cuda_products.h", "csrc/contrastive/cuda_merge.h"
 ELEMENTS, WALK = "csrc/contrastive/cuda_elements.h", "tinyclip/ops/_panels.py"
+UNIT = "tinyclip/ops/_ds_unit.py"
 
 MUTANTS = (
     Mutant("no swizzle", LAYOUT, "((chunk ^ (row & 7)) << 4)", "(chunk << 4)", KERNELS),
@@ -84,8 +85,8 @@ MUTANTS = (
         PANELS,
     ),
     Mutant("gradients of the last panel", WALK, "first=i.start == 0", "first=True", PANELS),
-    Mutant("units are forgotten", WALK, "factor = scale * unit_of_ds", "factor = scale", PANELS),
-    Mutant("dS past the end of fp16", WALK, "unit * 2.0**-13", "unit * 2.0**-17", PANELS),
+    Mutant("units are forgotten", WALK, "factor = scale * unit", "factor = scale", PANELS),
+    Mutant("dS past the end of fp16", UNIT, "unit * 2.0**-13", "unit * 2.0**-17", PANELS),
     Mutant("weights are not in units", WALK, "(weight / unit)", "weight", PANELS),
 )
 

@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from tinyclip.ops._ds_unit import ds_unit
+
 STATS_PANEL = 8192  # its partials: 21 MB at most in tiles of 128
 GRADS_PANEL_BYTES = 1 << 25  # of dS, in H100's 50 MB of cache; B and dB pass it once a panel
 _NO_PULL = 1.7e38  # a maximum that no logit is near: e^(s - m) is 0
@@ -175,12 +177,10 @@ def contrastive_grads(
         return da.zero_(), db if need_b else b.new_empty(0), dscale
     walk = _Walk(kernels, "grads", a, b, scale, ta, tb, t_scale, offset)
     memory = GradsMemory.make(a, b, walk.a.dtype, walk.tile, needs)
-    unit = _unit(row_weight, col_weight)
-    # fp16 ends at 65,504 and dS at four units: two sides, and weights below twice the unit.
-    unit_of_ds = unit * 2.0**-13 if walk.a.dtype == torch.float16 else unit
-    rows, row_weight = _pull(rows, row_weight, unit_of_ds)
-    cols, col_weight = _pull(cols, col_weight, unit_of_ds)
-    factor = scale * unit_of_ds
+    unit = ds_unit(walk.a.dtype, row_weight, col_weight)
+    rows, row_weight = _pull(rows, row_weight, unit)
+    cols, col_weight = _pull(cols, col_weight, unit)
+    factor = scale * unit
     total = torch.zeros((), dtype=torch.float64, device=a.device)
     for i, j, panel in walk.panels(grads_panel(walk.a.dtype)):
         height, width = i.stop - i.start, j.stop - j.start
@@ -198,16 +198,8 @@ def contrastive_grads(
         if need_b:
             _accumulate(memory.db[j], ds.T, panel.a, first=i.start == 0)
     db = memory.db.mul_(factor).to(b.dtype) if need_b else b.new_empty(0)
-    dscale = (total * unit_of_ds).to(scale.dtype) if need_scale else scale.new_empty(0)
+    dscale = (total * unit).to(scale.dtype) if need_scale else scale.new_empty(0)
     return da, db, dscale
-
-
-def _unit(*weights: Tensor | None) -> Tensor:
-    """The power of two at or below the largest weight: what dS is measured in; 1 if all are 0."""
-    largest = torch.stack([w.abs().max() for w in weights if w is not None]).max()
-    exponent = torch.frexp(largest).exponent
-    unit = torch.ldexp(torch.ones_like(largest), exponent - 1)
-    return torch.where(largest > 0, unit, torch.ones_like(unit))
 
 
 def _pull(stats: Tensor, weight: Tensor | None, unit: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinyclip.ops._ds_unit import ds_unit
+
 # Logits in a chunk: on a CPU, 4 MiB of fp32 stays in the last-level cache; a GPU wants GEMMs that
 # fill it, and 128 MiB a buffer is small there.
 _CHUNK_LOGITS = {"cpu": 1 << 20}
@@ -26,6 +28,11 @@ def _skip(like: Tensor) -> Tensor:
 def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """x in `dtype`, itself where it is: torch 2.11 loses gradients behind a `to` of no effect."""
     return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
+def _on_cuda(x: Tensor) -> bool:
+    """Whether PyTorch's CUDA kernels will read x."""
+    return x.is_cuda
 
 
 def attention(q, k, v, key_mask, head_gate, causal, scale):
@@ -273,8 +280,31 @@ def _row_chunks(m: int, n: int, device: torch.device):
     return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
 
 
-def _logits(a: Tensor, b_t: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    cosines = a.to(scale.dtype) @ b_t
+def _operand(b: Tensor, a: Tensor, acc: torch.dtype) -> Tensor:
+    """b in the dtype in which it is multiplied with a: their own in 16 bit on CUDA, else `acc`.
+
+    Tensor cores multiply 16 bit without rounding and sum in fp32; a CPU gains nothing by it.
+    """
+    own = torch.promote_types(a.dtype, b.dtype)
+    narrow = _on_cuda(a) and own.itemsize == 2 and acc == torch.float32
+    return _cast(b, own if narrow else acc)
+
+
+def _mm(x: Tensor, y: Tensor, acc: torch.dtype) -> Tensor:
+    """``x y`` in `acc`, of operands in `acc` or in 16 bit."""
+    return x @ y if x.dtype == acc else torch.mm(x, y, out_dtype=acc)
+
+
+def _addmm_(into: Tensor, x: Tensor, y: Tensor) -> None:
+    """``into += x y``, of operands in into's dtype or in 16 bit."""
+    if x.dtype == into.dtype:
+        into.addmm_(x, y)
+    else:
+        torch.addmm(into, x, y, out_dtype=into.dtype, out=into)
+
+
+def _logits(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    cosines = _mm(_cast(a, b.dtype), b.T, scale.dtype)
     return cosines, cosines * scale
 
 
@@ -314,12 +344,13 @@ def contrastive_stats(a, b, scale, teacher_a, teacher_b, teacher_scale, offset):
     if m == 0 or n == 0:
         rows[0] = cols[0] = -math.inf
         return rows, cols, positive
-    b_t = b.to(scale.dtype).T
-    teacher_b_t = None if teacher_a is None else teacher_b.to(scale.dtype).T
+    b = _operand(b, a, scale.dtype)
+    if teacher_a is not None:
+        teacher_b = _operand(teacher_b, teacher_a, scale.dtype)
     columns = None
     for chunk in _row_chunks(m, n, a.device):
-        _, s = _logits(a[chunk], b_t, scale)
-        t = None if teacher_a is None else _logits(teacher_a[chunk], teacher_b_t, teacher_scale)[1]
+        _, s = _logits(a[chunk], b, scale)
+        t = None if teacher_a is None else _logits(teacher_a[chunk], teacher_b, teacher_scale)[1]
         positive[chunk] = s.diagonal(offset + chunk.start)
         side = _chunk_side(s, t, dim=1)
         rows[: len(side), chunk] = torch.stack(side)
@@ -343,23 +374,33 @@ def _side_gradient(s, t, stats, weight, alpha, positive_at, dim) -> Tensor:
     return p.mul_(weight.unsqueeze(dim) if weight.dim() else weight)
 
 
+@torch.no_grad()  # backward runs with gradients on under create_graph=True
 def contrastive_grads(
     a, b, scale, rows, cols, row_weight, col_weight, alpha, ta, tb, teacher_scale, offset, needs
 ):
-    """-> da, db, dscale, from the same chunks: each forms its logits again."""
+    """-> da, db, dscale, from the same chunks: each forms its logits again.
+
+    Where the features stay in 16 bit, a chunk of dS is rounded to their dtype once, in `ds_unit`s,
+    and its products with the features are summed in fp32.
+    """
     need_a, need_b, need_scale = needs
     acc = scale.dtype
     da = torch.empty_like(a, memory_format=torch.contiguous_format) if need_a else _skip(a)
     db = torch.zeros(b.shape, dtype=acc, device=b.device) if need_b else _skip(b)
     dscale = scale.new_zeros(()) if need_scale else _skip(scale)
-    if row_weight is None and col_weight is None:
+    if (row_weight is None and col_weight is None) or a.shape[0] == 0:
         return da.zero_(), db.to(b.dtype), dscale
-    b_acc = b.to(acc)
-    tb_t = None if ta is None else tb.to(acc).T
+    features = _operand(b, a, acc)
+    tb = None if ta is None else _operand(tb, ta, acc)
+    unit, factor = None, scale
+    if features.dtype != acc:
+        unit = ds_unit(features.dtype, row_weight, col_weight)
+        row_weight, col_weight = (None if w is None else w / unit for w in (row_weight, col_weight))
+        factor = scale * unit
     for chunk in _row_chunks(a.shape[0], b.shape[0], a.device):
-        a_chunk = a[chunk].to(acc)
-        cosines, s = _logits(a_chunk, b_acc.T, scale)
-        t = None if ta is None else _logits(ta[chunk], tb_t, teacher_scale)[1]
+        a_chunk = _cast(a[chunk], features.dtype)
+        cosines, s = _logits(a_chunk, features, scale)
+        t = None if ta is None else _logits(ta[chunk], tb, teacher_scale)[1]
         positive_at = offset + chunk.start
         ds = None
         if row_weight is not None:
@@ -368,10 +409,13 @@ def contrastive_grads(
         if col_weight is not None:
             side = _side_gradient(s, t, cols, col_weight, alpha, positive_at, dim=0)
             ds = side if ds is None else ds.add_(side)
-        if need_a:
-            da[chunk] = (ds @ b_acc).mul_(scale)
-        if need_b:
-            db.addmm_(ds.T, a_chunk)
         if need_scale:
             dscale += cosines.mul_(ds).sum()
-    return da, db.mul_(scale).to(b.dtype) if need_b else db, dscale
+        ds = _cast(ds, features.dtype)
+        if need_a:
+            da[chunk] = _mm(ds, features, acc).mul_(factor)
+        if need_b:
+            _addmm_(db, ds.T, a_chunk)
+    if unit is not None and need_scale:
+        dscale *= unit
+    return da, db.mul_(factor).to(b.dtype) if need_b else db, dscale
