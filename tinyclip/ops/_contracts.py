@@ -245,6 +245,12 @@ def _(a, b, scale, teacher_a, teacher_b, teacher_scale, alpha, backend):
     return scale.new_empty(()), ds, scale.new_empty(())
 
 
+# Part of the `torch` backend's attention on CUDA: like aten::contiguous, x itself or a copy.
+_ALIGNED = "aligned(Tensor(a) x, bool gradient) -> Tensor(a)"
+_LIBRARY.define(_ALIGNED, tags=torch.Tag.pt2_compliant_tag)
+_LIBRARY.impl("aligned", _torch.aligned, "CompositeImplicitAutograd")
+
+
 # What a selective activation checkpointing policy may save instead of computing again.
 SAC_SAVE_OPS = (
     torch.ops.tinyclip.attention_fwd.default,

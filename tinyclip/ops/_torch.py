@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinyclip.ops._autograd import applied
 from tinyclip.ops._ds_unit import ds_unit
 
 # Logits in a chunk: on a CPU, 4 MiB of fp32 stays in the last-level cache; a GPU wants GEMMs that
@@ -35,11 +36,63 @@ def _on_cuda(x: Tensor) -> bool:
     return x.is_cuda
 
 
+_ALIGNMENT = 16  # bytes that SDPA's CUDA kernels load at a time
+
+
+def aligned(x: Tensor, gradient: bool) -> Tensor:
+    """Copy x (..., D) where SDPA's CUDA kernels would misread it, else return x itself.
+
+    They load 16 bytes at a time and do not check that rows start at multiples of 16 bytes: slices
+    gave infinities, or "misaligned address", after which the process cannot use the device. Rows of
+    a D that is no multiple of 16 bytes cannot all start there, and SDPA provides for such tensors
+    if they are contiguous. A `gradient` is also copied where it is expanded (a stride of 0).
+
+    The address is counted from the start of the storage, which allocators align to 256 bytes: the
+    fake tensors that torch.compile traces with have no `data_ptr()`.
+    """
+    step = _ALIGNMENT // x.element_size()
+    readable = x.storage_offset() % step == 0
+    if x.shape[-1] % step != 0:
+        readable = readable and x.is_contiguous()
+    else:
+        readable = readable and x.stride(-1) == 1
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+            if size > 1 and (stride % step != 0 or (gradient and stride == 0)):
+                readable = False
+    return x if readable else x.clone(memory_format=torch.contiguous_format)
+
+
+def _readable(x: Tensor, gradient: bool = False) -> Tensor:
+    """x as SDPA can read it: itself, but for what `aligned` says of CUDA tensors."""
+    if not _on_cuda(x):
+        return x
+    # Dynamo has no storage_offset(). As an op, `aligned` runs on the fake tensors of AOTAutograd,
+    # which have. An input that was aligned when it was traced and is not later is copied by
+    # Inductor, which looks at the addresses of its inputs at each call.
+    if torch.compiler.is_compiling():
+        return torch.ops.tinyclip.aligned(x, gradient)
+    return aligned(x, gradient)
+
+
+class _AlignedGradient(torch.autograd.Function):
+    """Identity of (B, H, L, D), whose gradient SDPA's backward can read."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # (B, L, H, D) in memory, as SDPA's kernels return their outputs.
+        return _readable(gradient.transpose(1, 2), gradient=True).transpose(1, 2)
+
+
 def attention(q, k, v, key_mask, head_gate, causal, scale):
     """q (B, Lq, H, D), k, v (B, Lk, H, D) -> out (B, Lq, H, D), differentiable.
 
-    SDPA reads the transposed views by stride. A mask is built only for a `key_mask`: (B, 1, 1, Lk),
-    or (B, 1, L, L) when it meets `causal`, which SDPA does not combine.
+    SDPA reads the transposed views by stride; on CUDA those that it would misread are copied first,
+    the upstream gradient too. A mask is built only for a `key_mask`: (B, 1, 1, Lk), or (B, 1, L, L)
+    when it meets `causal`, which SDPA does not combine.
     """
     # SDPA's flash kernel takes its maximum before it scales, and 0 * -inf is NaN.
     if scale < 0:
@@ -59,6 +112,7 @@ def attention(q, k, v, key_mask, head_gate, causal, scale):
         sees_nothing = ~mask.any(dim=-1, keepdim=True)
         mask = mask | sees_nothing
         q = q.masked_fill(sees_nothing.transpose(1, 2), 0)  # 0 * NaN again, in dk
+    q, k, v = _readable(q), _readable(k), _readable(v)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -67,6 +121,8 @@ def attention(q, k, v, key_mask, head_gate, causal, scale):
         is_causal=causal and mask is None,
         scale=scale,
     )
+    if _on_cuda(out) and out.requires_grad:
+        out = applied(_AlignedGradient, out)
     if sees_nothing is not None:
         out = out.masked_fill(sees_nothing, 0)
     out = out.transpose(1, 2)
