@@ -9,7 +9,6 @@ for the contrastive ops alone, whose gradients are differences of two close numb
 less than the rounding of its terms.
 """
 
-import contextlib
 import math
 from typing import NamedTuple
 
@@ -44,15 +43,19 @@ def check(case: Case, device: str, candidate: Maths) -> Verdict:
     tensors = case.draw(device, seed=1, reduced=True)
     sizes = {**case.sizes, **case.reduced}
     oracle = _evaluate(case, lambda t, s: _oracle(case, t, s), _double(tensors), sizes)
-    yardsticks = [_evaluate(case, case.eager, tensors, sizes)]
-    with contextlib.suppress(CannotRun, RuntimeError):  # a fused op may not exist here
-        if case.fused is not None:
+    yardsticks, note = [_evaluate(case, case.eager, tensors, sizes)], ""
+    if case.fused is not None:
+        try:
             timed = case.peers[case.fused].build(tensors, sizes, device)
             with timed.context():
                 yardsticks.append(_evaluate(case, lambda t, s: timed.call(), tensors, sizes))
+        except (CannotRun, RuntimeError) as error:  # a fused op may not exist here
+            reason = str(error).strip().partition("\n")[0]
+            note = f"; without the yardstick {case.fused}: {reason}"
     found = _evaluate(case, candidate, tensors, sizes)
     eps = torch.finfo(case.dtype).eps if case.whole_model else 0.0
-    return _judge(found, yardsticks, oracle, _cond(case, tensors), eps)
+    verdict = _judge(found, yardsticks, oracle, _cond(case, tensors), eps)
+    return verdict._replace(detail=verdict.detail + note)
 
 
 def _oracle(case: Case, tensors: Tensors, sizes: dict) -> Outputs:

@@ -18,6 +18,18 @@ import torch
 Results = dict[str, torch.Tensor]
 
 
+class Ratios(dict):
+    """error / bound of each tensor; `notes` name the peers that the bound is without, and why."""
+
+    def __init__(self, found: dict[str, float], notes: tuple[str, ...] = ()):
+        super().__init__(found)
+        self.notes = notes
+
+
+def _notes(found: dict[str, float]) -> str:
+    return "".join(f" [{note}]" for note in getattr(found, "notes", ()))
+
+
 def _norm(x: torch.Tensor) -> float:
     return torch.linalg.vector_norm(x.double()).item()
 
@@ -73,7 +85,8 @@ class Tally:
 
     def add(self, label: str, found: dict[str, float]) -> None:
         name, ratio = max(found.items(), key=lambda item: (math.isnan(item[1]), item[1]))
-        self.worst.append((math.inf if math.isnan(ratio) else ratio, f"{label}: {name}"))
+        label = f"{label}: {name}{_notes(found)}"
+        self.worst.append((math.inf if math.isnan(ratio) else ratio, label))
 
     def verdict(self) -> None:
         """Raise AssertionError unless at most 1 % are over the rule and none by over 8 times."""
@@ -86,4 +99,4 @@ class Tally:
 def assert_rule(found: dict[str, float], label: str = "") -> None:
     """Raise unless every tensor of a single problem obeys the rule."""
     over = {name: round(ratio, 3) for name, ratio in found.items() if not ratio <= 1}
-    assert not over, f"{label} over the tolerance rule (error / bound): {over}"
+    assert not over, f"{label} over the tolerance rule (error / bound): {over}{_notes(found)}"
