@@ -115,7 +115,10 @@ def _attend_rows(
         )  # fmt: skip
     if TAIL_N > 0:
         tail = Lk // BLOCK_N * BLOCK_N
-        if (not CAUSAL) or (tail < start_m + BLOCK_M):
+        # A run-time condition also where it always holds. Without the branch the tail's products
+        # share a block with the end of the pipelined loop, and ptxas serializes the loop's wgmma
+        # (warning C7515): each of them is waited for.
+        if tail < (start_m + BLOCK_M if CAUSAL else Lk):
             m, l, acc = _attend_tile(  # noqa: E741
                 q, m, l, acc, offs_m, tail, k_base, v_base, mask_base,
                 stride_k, stride_v, stride_mask, Lk, scale_log2,
