@@ -76,22 +76,28 @@ def test_wider_rows_are_refused():
     assert told.rows[0] == ("triton", "cannot", "a size is zero")
 
 
-def test_masked_channels_do_not_leak():
+@pytest.mark.parametrize("c", [70, 5000])  # of 5000 channels backward reads the weight row by row
+@pytest.mark.parametrize("summed", [False, True])
+def test_masked_channels_do_not_leak(c, summed):
     """NaN and inf where the mask is False: the bits that zeros give, in y and every gradient."""
-    x, residual, w, b = torch.randn(9, 70), torch.randn(9, 70), torch.randn(70), torch.randn(70)
-    mask = torch.rand(70) > 0.4
+    x, residual, dy = (torch.randn(3, c) for _ in range(3))
+    w, b, mask = torch.randn(c), torch.randn(c), torch.rand(c) > 0.4
+    options = {"residual": residual, "channel_mask": mask} if summed else {"channel_mask": mask}
     results = []
     for value in (0.0, float("nan"), float("inf")):
-        planted = [t.clone() for t in (x, w, b)]
+        planted = [t.clone() for t in (x, w, b, dy)]
         for tensor in planted:
             tensor[..., ~mask] = value
+        *planted, upstream = planted
         planted = [t.requires_grad_() for t in planted]
         with tinyclip.backend("triton"):
-            y, total = ops.layer_norm(*planted, residual=residual, channel_mask=mask)
-        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), planted)])
-        assert torch.equal(total[:, mask], (x + residual)[:, mask])
-    assert (results[0][0][:, ~mask] == 0).all()
-    assert (results[0][1][:, ~mask] == 0).all()
+            y = ops.layer_norm(*planted, **options)
+        if summed:
+            y, total = y
+            assert torch.equal(total[:, mask], (x + residual)[:, mask])
+        results.append([y.detach(), *torch.autograd.grad(y, planted, upstream)])
+    for tensor in results[0]:
+        assert (tensor[..., ~mask] == 0).all()
     for planted in results[1:]:
         for clean, other in zip(results[0], planted, strict=True):
             assert torch.equal(clean, other)

@@ -81,6 +81,27 @@ MUTANTS = (
         NORM,
     ),
     Mutant(
+        "masked channels of dy kept",
+        LAYER_NORM,
+        "        if HAS_MASK:\n            dy = tl.where(inside, dy, 0.0)\n",
+        "",
+        NORM,
+    ),
+    Mutant(
+        "masked channels of the parameters kept",
+        LAYER_NORM,
+        "return tl.where(kept, values, 0.0) if HAS_MASK else values",
+        "return values",
+        NORM,
+    ),
+    Mutant(
+        "masked channels of the widest rows' weight kept",
+        LAYER_NORM,
+        "d = tl.where(inside, d, 0.0)",
+        "d = d * 1.0",
+        NORM,
+    ),
+    Mutant(
         "the sum's own gradient dropped",
         LAYER_NORM,
         "dx += tl.load(dtotal_at, mask=here, other=0.0).to(tl.float32)",
