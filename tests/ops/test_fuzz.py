@@ -4,6 +4,7 @@ from collections import Counter
 from functools import partial
 
 import pytest
+import torch
 
 from tests.support import attention, contrastive, gelu_mlp, layer_norm
 from tests.support.draw import LAYOUTS, REGIMES
@@ -52,3 +53,19 @@ def test_the_rule_sees_an_error_of_one_percent(op):
             continue
         wrong = {**ours, name: ours[name] * 1.05}
         assert ratios(wrong, truth, peers, conds, problem.roundings)[name] > 1, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_the_rule_knows_where_a_dtype_ends(dtype):
+    """Beyond it the infinity of that sign is exact, and no reason to tolerate more elsewhere."""
+    largest, inf = torch.finfo(dtype).max, float("inf")
+    truth = {"out": torch.tensor([1.0, 4.0 * largest, -4.0 * largest], dtype=torch.float64)}
+    cond = {"out": truth["out"].abs()}
+
+    def ratio(*values):
+        return ratios({"out": torch.tensor(values, dtype=dtype)}, truth, [], cond)["out"]
+
+    assert ratio(1.0, inf, -inf) == 0
+    assert ratio(1.01, inf, -inf) > 1
+    for wrong in ((1.0, -inf, -inf), (1.0, float("nan"), -inf), (inf, inf, -inf), (1.0, inf, 0.0)):
+        assert ratio(*wrong) > 1, wrong

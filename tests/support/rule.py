@@ -34,12 +34,21 @@ def _norm(x: torch.Tensor) -> float:
     return torch.linalg.vector_norm(x.double()).item()
 
 
+def _in_range(reference: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Where the reference is finite and does not round to infinity in `dtype`."""
+    return reference.to(dtype).isfinite()
+
+
 def _distance(x: torch.Tensor, reference: torch.Tensor) -> float:
-    """|x - reference|; infinite where exactly one of the two is finite."""
-    x, reference = x.detach().double(), reference.detach().double()
+    """|x - reference|; infinite where exactly one of the two is finite.
+
+    Where the reference is beyond the range of x's dtype, the infinity that it rounds to is exact.
+    """
+    dtype, x, reference = x.dtype, x.detach().double(), reference.detach().double()
     if x.shape != reference.shape:
         raise AssertionError(f"shape {tuple(x.shape)}, expected {tuple(reference.shape)}")
-    finite = reference.isfinite()
+    rounded = reference.to(dtype).double()
+    finite = reference.isfinite() & ~(rounded.isinf() & (x == rounded))
     if not torch.equal(finite, x.isfinite()):
         return math.inf
     return _norm((x - reference)[finite])
@@ -69,8 +78,10 @@ def ratios(
         distances = [_distance(peer[name], truth) for peer in peers]
         worst_peer = max((d for d in distances if math.isfinite(d)), default=0.0)
         times = (roundings or {}).get(name, 1.0)
-        finite_truth = truth[truth.isfinite()]
-        bound = 2 * worst_peer + 2 * eps * _norm(finite_truth) + 2 * cond_eps * times * _norm(terms)
+        counted = _in_range(truth, tensor.dtype)
+        terms = terms[counted] if terms.shape == truth.shape else terms
+        bound = 2 * worst_peer + 2 * eps * _norm(truth[counted])
+        bound += 2 * cond_eps * times * _norm(terms)
         # Results below the smallest normal number are rounded to its grid, whatever their size.
         bound += torch.finfo(tensor.dtype).smallest_normal * math.sqrt(tensor.numel())
         found[name] = 0.0 if error == 0.0 else error / bound
