@@ -69,7 +69,12 @@ def _pointwise() -> Iterator[tuple]:
             down = gelu_mlp_pointwise.plan_pointwise_bwd(
                 pre, pre, gate, activation, (pre, pre, sums, sums)
             )
-            for kind, launch in (("fwd", up), ("bwd", down)):
+            half = _meta(_ROWS, 3072, dtype=torch.float16)
+            wide = gelu_mlp_pointwise.plan_pointwise_bwd(
+                _meta(_ROWS, 3072), half, gate, activation, (half, half, sums, sums)
+            )
+            launches = (("fwd", up), ("bwd", down), ("bwd fp16", wide))  # its dhidden is fp32
+            for kind, launch in launches:
                 tile = tuning.Tile(
                     launch.arguments["BLOCK_M"], launch.arguments["BLOCK_N"], launch.num_warps, 1
                 )

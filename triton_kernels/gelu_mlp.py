@@ -131,14 +131,28 @@ def gelu_mlp_fwd(x, w1, b1, w2, b2, gate, activation):
     return F.linear(hidden, w2, b2), pre
 
 
+def _dhidden(dy, w2, gate):
+    """dy w2 (R, F) by cuBLAS; under a gate in fp32 where dy is fp16.
+
+    As the fused kernel has it on chip: it may pass 65504 where its products with the gate and with
+    the activation, of which the gradients are made, do not.
+    """
+    if gate is None or dy.dtype != torch.float16:
+        return dy @ w2
+    if dy.is_cuda:  # the interpreter's tensors are a CPU's, which has no such product
+        return torch.mm(dy, w2, out_dtype=torch.float32)
+    return dy.float() @ w2.float()
+
+
 def _down(dy, pre, w2, gate, activation, needs, tile):
     """-> dpre, hidden (R, F), dbias, dgate (parts, F) fp32; None where not needed."""
     need_pre, need_hidden, need_bias, need_gate = needs
     rows, hidden_channels = pre.shape
     pointwise = tile.implementation == "pointwise"
     part = ROWS_OF_A_SUM if pointwise else tile.block_m
-    dhidden = dy @ w2 if pointwise else None
-    dpre = (dhidden if pointwise else torch.empty_like(pre)) if need_pre else None
+    dhidden = _dhidden(dy, w2, gate) if pointwise else None
+    in_place = pointwise and dhidden.dtype == pre.dtype
+    dpre = (dhidden if in_place else torch.empty_like(pre)) if need_pre else None
     hidden = torch.empty_like(pre) if need_hidden else None
     sums = (
         pre.new_empty(-(-rows // part), hidden_channels, dtype=torch.float32) if need else None

@@ -1,8 +1,9 @@
 """What lies between the GELU-MLP's cuBLAS products, in one kernel each way.
 
 Forward reads `pre` and writes `hidden = act(pre) * gate`. Backward reads `dhidden` and `pre`, and
-writes `dpre` (over `dhidden`), the recomputed `hidden`, and fp32 sums over each program's rows for
-the bias and the gate. Those of the programs are added up afterwards, in one order: no atomics.
+writes `dpre` (over `dhidden`, where that has its dtype), the recomputed `hidden`, and fp32 sums
+over each program's rows for the bias and the gate. Those of the programs are added up afterwards,
+in one order: no atomics.
 
 Letters: M rows, N columns (hidden channels).
 """
@@ -98,8 +99,8 @@ def plan_pointwise_fwd(pre, gate, activation, hidden) -> Launch:
 def plan_pointwise_bwd(dhidden, pre, gate, activation, outputs) -> Launch:
     """The launch that fills outputs, (dpre, hidden, dbias, dgate), None what is not wanted.
 
-    dhidden, pre, dpre, hidden (R, F) contiguous, dpre may be dhidden; dbias, dgate fp32 (parts, F),
-    a part ROWS_OF_A_SUM rows.
+    dhidden, pre, dpre, hidden (R, F) contiguous, dpre may be dhidden, dhidden may be fp32; dbias,
+    dgate fp32 (parts, F), a part ROWS_OF_A_SUM rows.
     """
     names = ("dpre", "hidden", "dbias", "dgate")
     needs = ("NEED_PRE", "NEED_HIDDEN", "NEED_BIAS", "NEED_GATE")

@@ -5,7 +5,9 @@ import torch
 
 import tinyclip
 from tests.gpu.calls import mlp_leaves
-from tests.support import masked_block
+from tests.gpu.problems import served_by
+from tests.support import gelu_mlp, masked_block
+from tests.support.rule import assert_rule
 from tinyclip import ops
 
 pytestmark = [
@@ -40,6 +42,13 @@ def test_gelu_mlp_repeats_bitwise_under_load(implementation, dtype):
             noise @ noise
         for a, b in zip(run(), first, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "torch"])
+def test_an_fp16_gradient_comes_back_into_range(implementation):
+    problem = gelu_mlp.beyond_fp16("quick_gelu", device="cuda")
+    with served_by(implementation) as backend:
+        assert_rule(problem.judge(backend), problem.label)
 
 
 @pytest.mark.parametrize("masked", [False, True])

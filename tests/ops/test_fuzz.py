@@ -8,7 +8,7 @@ import torch
 
 from tests.support import attention, contrastive, gelu_mlp, layer_norm
 from tests.support.draw import LAYOUTS, REGIMES
-from tests.support.rule import Tally, ratios
+from tests.support.rule import Tally, assert_rule, ratios
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -69,3 +69,9 @@ def test_the_rule_knows_where_a_dtype_ends(dtype):
     assert ratio(1.01, inf, -inf) > 1
     for wrong in ((1.0, -inf, -inf), (1.0, float("nan"), -inf), (inf, inf, -inf), (1.0, inf, 0.0)):
         assert ratio(*wrong) > 1, wrong
+
+
+@pytest.mark.parametrize("activation", gelu_mlp.ACTIVATIONS)
+def test_torch_brings_an_fp16_gradient_back_into_range(activation):
+    problem = gelu_mlp.beyond_fp16(activation)
+    assert_rule(problem.judge("torch"), problem.label)

@@ -106,3 +106,26 @@ def make(seed: int, *, device: str = "cpu", **choices) -> Problem:
         frozen=frozenset(n for n in tensors if draw.chance(0.2)),
         douts=[draw.upstream(like, upstream)],
     )
+
+
+def beyond_fp16(activation: str, device: str = "cpu") -> Problem:
+    """The gradient of the hidden channels passes 65504, and those made of it do not.
+
+    The gate takes it back, and for the gate's own gradient the activation does.
+    """
+    one = {"dtypes": [torch.float16], "rows": [7], "widths": [48], "activations": [activation]}
+    problem = make(0, device=device, regimes=["normal"], layouts=["contiguous"], **one)
+    x, w1, w2 = (problem.tensors[n] for n in ("x", "fc1_weight", "fc2_weight"))
+    problem.tensors |= {
+        "x": x / 100,
+        "fc1_bias": torch.zeros_like(w1[:, 0]),
+        "fc2_weight": 64 * w2.sign(),
+        "hidden_gate": 0.001 * torch.ones(48, device=device),
+    }
+    problem.douts = [64 * w2.sign().to(x.dtype)[:, 0].expand(*x.shape[:-1], -1)]
+    problem.frozen = frozenset()
+    problem.label = f"an fp16 gradient beyond 65504, {activation}"
+    dhidden = problem.douts[0].double() @ problem.tensors["fc2_weight"].double()
+    assert dhidden.abs().max() > 2 * 65504
+    assert all(truth.to(torch.float16).isfinite().all() for truth in problem.truth().values())
+    return problem

@@ -12,7 +12,7 @@ import triton.language as tl
 import tinyclip
 from tests.support import gelu_mlp
 from tests.support.draw import LAYOUTS, REGIMES, UPSTREAM
-from tests.support.rule import Tally
+from tests.support.rule import Tally, assert_rule
 from tinyclip import ops
 from tinyclip.ops.gelu_mlp import ACTIVATIONS
 from tinyclip.triton_kernels import gelu_mlp as kernels
@@ -66,6 +66,14 @@ def test_the_rule(part, use):
         tile = use(implementation, seed // (2 * PARTS), x.numel() // x.shape[-1] * len(w1) > 20_000)
         tally.add(f"{problem.label} {tile}", problem.judge("triton"))
     tally.verdict()
+
+
+@every_implementation
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_fp16_gradient_comes_back_into_range(activation, implementation, use):
+    use(implementation)
+    problem = gelu_mlp.beyond_fp16(activation)
+    assert_rule(problem.judge("triton"), problem.label)
 
 
 def test_every_value_is_drawn():

@@ -217,6 +217,19 @@ def gelu_mlp_fwd(x, w1, b1, w2, b2, gate, activation):
     return _times(hidden, w2, b2, factor), pre
 
 
+def _dhidden(dy: Tensor, w2: Tensor, gate: Tensor | None) -> Tensor:
+    """dy w2 (R, F); under a gate in fp32 where dy is fp16.
+
+    It may pass 65504 where its products with the gate and with the activation, of which the
+    gradients are made, do not.
+    """
+    if gate is None or dy.dtype != torch.float16:
+        return dy @ w2
+    if dy.is_cuda:  # a CPU has no such product
+        return torch.mm(dy, w2, out_dtype=torch.float32)
+    return dy.float() @ w2.float()
+
+
 def gelu_mlp_bwd(dy, x, pre, w1, w2, gate, activation, needs):
     """-> dx, dw1, db1, dw2, db2, dgate. The activation is computed again from `pre`."""
     need_x, need_w1, need_b1, need_w2, need_b2, need_gate = needs
@@ -229,7 +242,7 @@ def gelu_mlp_bwd(dy, x, pre, w1, w2, gate, activation, needs):
     elif need_w2:
         dw2 = dy.T @ _cast(hidden * _gate(gate, factor, x), x.dtype)
     if need_x or need_w1 or need_b1 or need_gate:
-        dhidden = dy @ w2
+        dhidden = _dhidden(dy, w2, gate)
         if need_gate:
             acc = torch.promote_types(x.dtype, torch.float32)
             dgate = _cast((_cast(dhidden, acc) * hidden).sum(dim=0) * factor, gate.dtype)
