@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include "device_guard.h"
+
 namespace tinyclip {
 namespace {
 
@@ -26,14 +28,10 @@ CudaStatus cuda_status() {
 }
 
 std::string cuda_probe(int device) {
-  int previous = 0;
-  cudaError_t status = cudaGetDevice(&previous);
-  if (status == cudaSuccess) status = cudaSetDevice(device);
-  if (status != cudaSuccess) return message(status);
+  const DeviceGuard guard(device);
+  if (guard.status() != cudaSuccess) return message(guard.status());
   cudaFuncAttributes attributes;
-  const std::string error = message(cudaFuncGetAttributes(&attributes, probe_kernel));
-  cudaSetDevice(previous);
-  return error;
+  return message(cudaFuncGetAttributes(&attributes, probe_kernel));
 }
 
 std::string cuda_version() {

@@ -9,6 +9,7 @@
 #include "contrastive/cuda_isa.h"
 #include "contrastive/cuda_products.h"
 #include "contrastive/cuda_tile.h"
+#include "device_guard.h"
 
 namespace tinyclip::contrastive {
 namespace {
@@ -48,28 +49,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Element>)
   using Products = typename ProductsOf<Element, Teacher>::type;
   TileProgram<Gpu, Products, Teacher>::template grads<Element>(args, shared_memory);
 }
-
-// The device current for as long as this lives.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    status_ = cudaGetDevice(&before_);
-    // Set also where it is said to be current: torch has a runtime of its own that may differ.
-    if (status_ == cudaSuccess) status_ = cudaSetDevice(device);
-    changed_ = status_ == cudaSuccess && before_ != device;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  cudaError_t status() const { return status_; }
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-  cudaError_t status_;
-};
 
 template <class Args>
 std::string launch(const char* name, void (*kernel)(Args), const Args& args, Index blocks,

@@ -52,6 +52,17 @@ def test_the_kernels_on_the_host(program, words):
     assert done.returncode == 0, done.stdout
 
 
+def test_the_device_is_restored(tmp_path):
+    """To the context that was current, or to none, and no other device is initialized for it."""
+    nvcc, source = shutil.which("nvcc"), ROOT / "tests" / "contrastive" / "device_guard.cpp"
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
+    command = [nvcc, "-std=c++17", "--cudart", "none", f"-I{ROOT / 'csrc'}", source]
+    subprocess.run([*command, "-o", tmp_path / "guard"], check=True)
+    done = subprocess.run([tmp_path / "guard"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 @needs_code
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_spills_and_tensor_cores(arch):

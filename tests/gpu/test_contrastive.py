@@ -1,5 +1,9 @@
 """The contrastive engines on a GPU, `cuda` and `triton`: what only a device can show of them."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +12,7 @@ import tinyclip
 from tests.gpu.calls import features, gradients
 from tinyclip import ops
 
+ROOT = Path(__file__).resolve().parents[2]
 HAS_GPU = torch.cuda.is_available()
 pytestmark = [
     pytest.mark.gpu,
@@ -124,16 +129,32 @@ def test_a_write_on_another_stream_is_seen(backend):
     assert torch.equal(found, wanted)
 
 
-@pytest.mark.skipif(HAS_GPU and torch.cuda.device_count() < 2, reason="one GPU is here")
+two_devices = pytest.mark.skipif(
+    HAS_GPU and torch.cuda.device_count() < 2, reason="one GPU is here"
+)
+
+
+@two_devices
 @both
 def test_the_tensors_device_is_not_the_current_one(backend):
     image, text = (x.detach().to("cuda:1").requires_grad_() for x in features(2, 300, 64))
     with tinyclip.backend(backend):
         value = ops.contrastive_loss(image, text, 10.0)
+        assert torch.cuda.current_device() == 0
         value.backward()
     with tinyclip.backend("torch"):
         torch.testing.assert_close(value, ops.contrastive_loss(image, text, 10.0))
     assert torch.cuda.current_device() == 0
+
+
+@two_devices
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_what_was_current_stays_current(backend):
+    """To the driver as to torch, after an exception too; and cuda:0 is not initialized for it."""
+    command = [sys.executable, "-m", "tests.gpu.second_device"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
 
 
 @both
