@@ -87,15 +87,20 @@ def table(op: str = "attention") -> tuple[dict, ...]:
     return tuple(json.loads(text)["rows"])
 
 
-@cache
-def shipped(key: Any) -> Any:
-    """The table's choice: of the newest architecture in it that is not newer than the device."""
+def serving(key: Any) -> dict:
+    """The table's row for a key: of the newest architecture in it not newer than the device."""
     for arch in sorted({row["arch"] for row in table(key.op)}, reverse=True):
         if arch <= key.arch:
             for row in table(key.op):
                 if row["arch"] == arch and key.fits(row):
-                    return key.choice(*row["tile"])
+                    return row
     raise ValueError(f"tuning: key must be covered by tables/{key.op}.json, got {key}")
+
+
+@cache
+def shipped(key: Any) -> Any:
+    """The table's choice for a key."""
+    return key.choice(*serving(key)["tile"])
 
 
 def candidates(key: Any) -> tuple[Any, ...]:
