@@ -1,6 +1,8 @@
 """Tile sizes: the shipped table covers every problem; tuning is opt-in and kept."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +33,28 @@ def test_the_newest_architecture_not_after_the_device_decides():
     key = Kind("bwd", 120, 16, 64, 197, False)
     assert tuning.shipped(key) == tuning.shipped(key._replace(arch=100))
     assert tuning.shipped(key._replace(arch=89)) == tuning.shipped(key._replace(arch=80))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d", [16, 48, 64])
+def test_backward_on_an_h100_takes_the_measured_tiles(d, causal):
+    one, two = Tile(64, 64, 4, 1), Tile(128, 128, 8, 1)
+    wanted = {50: one, 64: one, 65: two, 77: two, 128: two, 129: one, 197: one, 257: one, 577: one}
+    found = {n: tuning.shipped(Kind("bwd", 90, 16, d, n, causal)) for n in wanted}
+    assert found == wanted
+
+
+def test_a_measured_row_names_its_measurement():
+    """The file and its rows; what is there of the file has to hold them."""
+    results = Path(__file__).resolve().parents[1] / "bench" / "results"
+    measured = [row for row in tuning.table() if row["source"] == "measured"]
+    assert len(measured) == 3
+    for row in measured:
+        assert re.fullmatch(r"[\w-]+/\d{4}-\d\d-\d\d-[0-9a-f]{7}\.json", row["file"])
+        assert row["rows"]
+        if (results / row["file"]).exists():
+            text = (results / row["file"]).read_text()
+            assert all(f'"{name}"' in text for name in row["rows"]), row
 
 
 def test_without_opting_in_nothing_is_timed():
