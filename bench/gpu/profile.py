@@ -40,10 +40,9 @@ METRICS = {
     "gpu__time_duration.sum": "duration",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm_percent",
-    "sm__inst_executed_pipe_tensor.sum": "tensor_instructions",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
     "launch__registers_per_thread": "registers",
-    "l1tex__data_bank_conflicts_pipe_lsu.sum": "bank_conflicts",
+    "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum": "bank_conflicts",
     "dram__bytes.sum": "dram_bytes",
 }
 _HOST_SHARE, _LAUNCH_SECONDS = 0.5, 45.0

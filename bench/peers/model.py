@@ -24,6 +24,7 @@ TOY = {
 }
 
 Build = Callable[[Tensors, dict, str], Timed]
+Loss = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, float], Tensor]
 
 
 def model_config(name: str):
@@ -80,23 +81,32 @@ def _their_model(name: str, device: str) -> nn.Module:
         return module.CLIP(*configs, quick_gelu=d.get("quick_gelu", False))
 
 
-def _our_loss(image, text, scale, teacher, alpha) -> Tensor:
+def _our_loss() -> Loss:
     from tinyclip import ops
 
-    if teacher is not None:
-        teacher = ops.Teacher(*teacher, contrastive.TEACHER_SCALE)
-    return ops.contrastive_loss(image, text, scale, teacher=teacher, alpha=alpha)
+    def loss(image, text, scale, teacher, alpha) -> Tensor:
+        if teacher is not None:
+            teacher = ops.Teacher(*teacher, contrastive.TEACHER_SCALE)
+        return ops.contrastive_loss(image, text, scale, teacher=teacher, alpha=alpha)
+
+    return loss
 
 
-def _their_loss(image, text, scale, teacher, alpha) -> Tensor:
-    features = {"image": image, "text": text, "logit_scale": scale}
-    if teacher is None:
-        return open_clip("loss").ClipLoss()(image, text, scale)
-    features |= dict(zip(("teacher_image", "teacher_text"), teacher, strict=True))
-    return contrastive.tinyclip(features, {"alpha": alpha})
+def _their_loss() -> Loss:
+    """open_clip's without a teacher, TinyCLIP's with one."""
+    clip = open_clip("loss").ClipLoss()
+
+    def loss(image, text, scale, teacher, alpha) -> Tensor:
+        if teacher is None:
+            return clip(image, text, scale)
+        features = {"image": image, "text": text, "logit_scale": scale}
+        features |= dict(zip(("teacher_image", "teacher_text"), teacher, strict=True))
+        return contrastive.tinyclip(features, {"alpha": alpha})
+
+    return loss
 
 
-def _training(make: Callable, loss: Callable, compiled: bool) -> Build:
+def _training(make: Callable, make_loss: Callable[[], Loss], compiled: bool) -> Build:
     """``build`` of a step under autocast: forward, loss; its backward is the caller's."""
 
     def build(t: Tensors, s: dict, device: str) -> Timed:
@@ -105,7 +115,7 @@ def _training(make: Callable, loss: Callable, compiled: bool) -> Build:
         teacher = None
         if "teacher" in s:
             teacher = bind(make(s["teacher"], device), _parameters(t, TEACHER)).eval()
-        alpha = 1.0 if teacher is not None else 0.0
+        loss, alpha = make_loss(), 1.0 if teacher is not None else 0.0
 
         def call() -> Tensor:
             with torch.autocast(device, torch.bfloat16):
