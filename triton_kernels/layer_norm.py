@@ -122,7 +122,11 @@ def _layer_norm_bwd_kernel(
             dy = tl.where(inside, dy, 0.0)
         if NEED_X or NEED_WEIGHT:
             total_at = total_ptr + rows[:, None] * stride_total + columns[None, :]
-            s = tl.load(total_at, mask=here, other=0.0).to(tl.float32)
+            # `normed` drops masked channels anyway. Without a select here 768 channels spill on
+            # sm_100, with one the widest rows do: they are loaded under the mask.
+            s = tl.load(total_at, mask=inside if RELOAD else here, other=0.0).to(tl.float32)
+            if HAS_MASK and not RELOAD:
+                s = tl.where(inside, s, 0.0)
             mean = tl.load(mean_ptr + rows, mask=in_rows, other=0.0)
             rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)
             normed = tl.where(inside, (s - mean[:, None]) * rstd[:, None], 0.0)

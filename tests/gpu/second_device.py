@@ -17,19 +17,17 @@ from tinyclip import _extension, ops
 from tinyclip.ops import _panels_cuda
 
 
-class State:
+def state(driver) -> dict:
     """What the driver and torch say is current in this thread, and whether cuda:0 is in use."""
-
-    def __init__(self, driver):
-        context, flags, active = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_int()
-        assert driver.cuCtxGetCurrent(ctypes.byref(context)) == 0
-        first = driver.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active))
-        assert first == 0
-        self.all = {
-            "the driver's context": context.value,
-            "torch's device": torch.cuda.current_device(),
-            "cuda:0 initialized": bool(active.value),
-        }
+    context, flags, active = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_int()
+    assert driver.cuCtxGetCurrent(ctypes.byref(context)) == 0
+    first = driver.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active))
+    assert first == 0
+    return {
+        "the driver's context": context.value,
+        "torch's device": torch.cuda.current_device(),
+        "cuda:0 initialized": bool(active.value),
+    }
 
 
 def main() -> int:
@@ -41,11 +39,11 @@ def main() -> int:
         if first:
             torch.zeros(1, device="cuda:0")
         image, text = (x.to("cuda:1").requires_grad_() for x in features)
-        before = State(driver).all
+        before = state(driver)
         print(f"before: {before}")
 
         def unchanged(when: str, before=before) -> bool:
-            after = State(driver).all
+            after = state(driver)
             print(
                 *(f"{when}: {k} {before[k]}, {after[k]}\n" for k in before if before[k] != after[k])
             )

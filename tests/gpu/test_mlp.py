@@ -45,8 +45,9 @@ def test_gelu_mlp_repeats_bitwise_under_load(implementation, dtype):
 
 
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "torch"])
-def test_an_fp16_gradient_comes_back_into_range(implementation):
-    problem = gelu_mlp.beyond_fp16("quick_gelu", device="cuda")
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_an_fp16_gradient_comes_back_into_range(implementation, activation):
+    problem = gelu_mlp.beyond_fp16(activation, device="cuda")
     with served_by(implementation) as backend:
         assert_rule(problem.judge(backend), problem.label)
 
