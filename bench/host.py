@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bench.report import ROOT
 from bench.timing import Timed
 
 _SHOWN = 60
@@ -53,8 +54,8 @@ def host_profile(timed: Timed, device: str, calls: int) -> dict[str, Any]:
 
 def _name(file: str, line: int, function: str) -> str:
     """As a reader of any machine knows it: without the folders before a package."""
+    file = file.removeprefix(f"{ROOT}/")
     file = re.sub(r".*/(?:site-packages|dist-packages|lib/python[\d.]+)/", "", file)
-    file = re.sub(r".*/(?=(?:tinyclip|triton_kernels|bench)/)", "", file)
     return function if file == "~" else f"{file}:{line}({function})"
 
 

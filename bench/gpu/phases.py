@@ -4,7 +4,6 @@ A phase has a deadline and ends by it: what still runs is interrupted a little b
 with its children. What it leaves is counted from what it wrote while it ran.
 """
 
-import atexit
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -233,14 +232,6 @@ def _without_pyproject():
 def _link() -> None:
     if not _LINK.exists():
         _LINK.symlink_to(ROOT / "triton_kernels")
-
-
-def reach() -> None:
-    """See to it that this process can import our kernels, until it ends."""
-    if importlib.util.find_spec("tinyclip.triton_kernels") is None:
-        _link()
-        importlib.invalidate_caches()
-        atexit.register(unlink)
 
 
 def unlink() -> None:

@@ -13,10 +13,13 @@ import torch
 from bench import __main__ as bench_command
 from bench import registry, report
 from bench.case import BOTH, FORWARD_GRAPHED, GRAPHED, small
-from bench.gpu import command, convergence, kernels, phases, profile, steps, warm
+from bench.gpu import command, convergence, kernels, launched, phases, profile, steps, warm
+from bench.host import host_profile
 from bench.measure import FAILED, MEASURED, NOT_RUN
 from bench.report import ROOT, Report
 from bench.run import Entry, plan
+from bench.timing import Timed
+from bench.worker import WorkerLost
 from tests.bench.commands import check_schema, python
 
 COMMIT = "0123abc"
@@ -410,6 +413,27 @@ def test_the_profile(part, tmp_path, monkeypatch):
     assert any(name.startswith("tinyclip/ops/") for name in names)
     assert not any(name.startswith("/") for name in names)
     assert data["host"]["encode_image open_clip"]["status"] in (MEASURED, NOT_RUN)
+
+
+def test_what_is_profiled_runs():
+    """In this process: the launches that a profiler watches, and cProfile of a call."""
+    launched.main("rehearsal", NORM)
+    called = []
+    found = host_profile(Timed(lambda: called.append(sum(range(100)))), "cpu", 4)
+    assert len(called) == 3 + 4 + 4
+    (own,) = (row for row in found["functions"] if row["function"].endswith("(<lambda>)"))
+    assert own["calls"] == 1 and own["cumulative_us"] >= own["own_us"] >= 0
+    assert own["function"].startswith("tests/bench/test_bench_gpu.py:")
+    assert found["profiled_ms"] > 0 and found["host_ms"] > 0
+
+
+def test_a_profile_whose_process_is_lost(part, monkeypatch):
+    def lost(*args, **request):
+        raise WorkerLost("status 9")
+
+    monkeypatch.setattr("bench.run.Runner.ask", lost)
+    _, data = part("profile")
+    assert {(e["status"], e["reason"]) for e in data["host"].values()} == {(FAILED, "status 9")}
 
 
 def test_a_profiler_that_says_nothing(tmp_path, monkeypatch):
