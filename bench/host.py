@@ -1,4 +1,4 @@
-"""Where the host's time goes while it feeds a device: cProfile, per call and per function."""
+"""Host-side profile of a call: cProfile, per function."""
 
 import cProfile
 import pstats
@@ -15,11 +15,11 @@ _SHOWN = 60
 
 
 def host_profile(timed: Timed, device: str, calls: int) -> dict[str, Any]:
-    """cProfile of `calls` calls after three.
+    """Profile `calls` calls with cProfile, after three warm-up calls.
 
     Returns:
-        ``host_ms``, a call's time without the profiler; ``profiled_ms``, with it; ``functions``:
-        {function, calls, own_us, cumulative_us} of one call, most of its own time first.
+        ``host_ms`` and ``profiled_ms``, milliseconds of a call without and with the profiler, and
+        ``functions``, [{function, calls, own_us, cumulative_us}] per call, by decreasing own time.
     """
     with timed.context():
         for _ in range(3):
@@ -53,7 +53,7 @@ def host_profile(timed: Timed, device: str, calls: int) -> dict[str, Any]:
 
 
 def _name(file: str, line: int, function: str) -> str:
-    """As a reader of any machine knows it: without the folders before a package."""
+    """Function name with its file relative to the checkout or to site-packages."""
     file = file.removeprefix(f"{ROOT}/")
     file = re.sub(r".*/(?:site-packages|dist-packages|lib/python[\d.]+)/", "", file)
     return function if file == "~" else f"{file}:{line}({function})"

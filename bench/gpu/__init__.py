@@ -1,7 +1,8 @@
-"""``python -m bench gpu``: all that a GPU is needed for, in parts that fit a short loan of one.
+"""``python -m bench gpu``: everything that needs a GPU, in parts of at most 280 seconds.
 
-``command`` runs the parts: `check` (is it right), `kernels` (part "time"), `steps`, `tune`,
-`profile`. ``phases`` holds what runs in processes of its own: the build, compiling kernels, the
-tests marked gpu, the checkers. ``sanitized``, ``warm``, ``convergence`` and ``profiled`` are such
-processes; ``outcomes`` is a plugin of pytest. A part is tried out on a CPU by ``--rehearse``.
+``command`` is the entry point and runs the parts: `check`, `kernels` (part "time"), `steps`,
+`tune` and `profile`. ``phases`` starts child processes with deadlines: the build, kernel
+compilation, the tests marked gpu, compute-sanitizer. ``sanitized``, ``warm``, ``convergence`` and
+``launched`` are modules that run in such a process; ``outcomes`` is a pytest plugin. ``--rehearse``
+runs a part on a CPU.
 """

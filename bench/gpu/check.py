@@ -1,8 +1,8 @@
-"""Part "check": does it build, does it run, is it right.
+"""Part "check": build, GPU tests, compute-sanitizer.
 
-The build; every kernel compiled, in up to 8 processes; the tests marked gpu, one problem a family
-and dtype first, then the tolerance rule, bf16 first, each test under a time limit; our kernels
-under compute-sanitizer, memcheck before racecheck.
+Builds, compiles every kernel in up to 8 processes, runs the tests marked gpu (one problem per
+kernel family and dtype first, then the tolerance rule, bf16 first, with a time limit per test), and
+runs our kernels under compute-sanitizer, memcheck before racecheck.
 """
 
 from typing import Any

@@ -1,11 +1,11 @@
 """The command line of ``python -m bench gpu``.
 
 ``--part NAME`` runs one of check, time, steps, tune and profile within 280 seconds; without it,
-check and time run within 540. GPU_BUDGET_S changes that, and what the interpreter imports counts.
-In each part what is worth most comes first, and the results file is whole at every moment: all
-that is planned is in it from the start as "not run". The parts of one commit share a file. Without
-a GPU: one sentence, a file of "not run" rows, status 0. ``--rehearse`` runs the same plan on a CPU
-at toy sizes.
+check and time run within 540. GPU_BUDGET_S overrides the budget, which includes import time. Each
+part runs its most valuable measurements first. The results file is valid JSON at every moment and
+lists everything planned from the start, as "not run"; the parts of one commit share a file. Without
+a GPU the command prints one sentence, writes a file of "not run" rows and exits with status 0.
+``--rehearse`` runs the same plan on a CPU at toy sizes.
 """
 
 import argparse
@@ -39,7 +39,7 @@ _RESERVE = 10.0  # for the table, and for a worker to be stopped
 
 
 def parser() -> argparse.ArgumentParser:
-    """Its arguments."""
+    """Build the argument parser."""
     found = argparse.ArgumentParser(
         prog="python -m bench gpu",
         description="All that a GPU is needed for, in parts of at most 280 seconds.",
@@ -55,7 +55,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str], begun: float = BEGUN) -> int:
-    """Run it; 0 unless a gate was red, a test failed, or our ops cannot be imported."""
+    """Run the parts asked for.
+
+    Returns:
+        The exit status: 0, or 1 if a gate was red, a test or command failed, a checker found an
+        error, or tinyclip cannot be imported.
+    """
     options = parser().parse_args(argv)
     names = options.part or list(_DEFAULT)
     budget = float(os.environ.get("GPU_BUDGET_S") or (_PART_BUDGET if options.part else _BUDGET))
@@ -69,7 +74,7 @@ def main(argv: list[str], begun: float = BEGUN) -> int:
     print(f"{written.data['env']['gpu']}, {budget:.0f} s, results in {written.path}", flush=True)
     try:
         wrong = False
-        for done, name in enumerate(names):  # those behind a part have their share of what is left
+        for done, name in enumerate(names):  # split the time left evenly over the parts left
             now = time.monotonic()
             end = now + max(0.0, deadline - now) / (len(names) - done)
             wrong |= _run(name, written, settings, options.only, end)
@@ -83,7 +88,7 @@ def main(argv: list[str], begun: float = BEGUN) -> int:
 
 
 def _report(names: list[str], options: argparse.Namespace) -> Report:
-    """The file, with all that the parts plan in it, beside what earlier parts left there."""
+    """Open the results file, with every planned row and note, merged with earlier parts."""
     cases = "rehearsal" if options.rehearse else "cuda"
     base = options.out or Path(os.environ.get("BENCH_OUT") or ROOT / "bench" / "results")
     env = report.environment(cases)
@@ -99,7 +104,7 @@ def _report(names: list[str], options: argparse.Namespace) -> Report:
 
 
 def _run(name: str, written: Report, settings: Settings, patterns: list[str], end: float) -> bool:
-    """Run a part until `end`."""
+    """Run one part until `end`; True if it found something wrong."""
     start = time.monotonic()
     with Runner(written, settings, _progress) as runner:
         found = PARTS[name].run(Run(written, runner, settings.cases, patterns, end))

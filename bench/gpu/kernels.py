@@ -1,8 +1,8 @@
-"""Part "time": every op beside its best peers, kernels first and launches after.
+"""Part "time": every op compared with its fastest peers.
 
-As one CUDA graph each, which leaves the host out, forward and backward at batch 1024 and 64; then
-their forwards; then eager calls at batch 64 and 256, which is what a training loop makes; then all
-other peers, and PyTorch alone. A case is put through the gate before its first row.
+First CUDA graphs, which exclude host time: forward and backward at batch 1024 and 64, then forward
+alone. Then eager calls at batch 64 and 256, as a training loop makes them, then all other peers and
+PyTorch's own rows. Each case passes the gate before its first row is timed.
 """
 
 from typing import Any
@@ -62,7 +62,7 @@ _BEST = {
 
 
 def best(case: Case) -> tuple[str, ...]:
-    """The peers that are worth a row before the others."""
+    """The peers of a case that are timed first."""
     return next((peers for start, peers in _BEST.items() if case.id.startswith(start)), ("eager",))
 
 

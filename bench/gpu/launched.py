@@ -1,4 +1,4 @@
-"""``python -m bench.gpu.launched CASES CASE``: ours twice, both ways, for a profiler to watch."""
+"""``python -m bench.gpu.launched CASES CASE``: run our side of a case twice, under a profiler."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A part of a GPU run: what it plans, and how it is run under a deadline."""
+"""A part of a GPU run: its plan, and the context it runs in."""
 
 import time
 from collections.abc import Callable
@@ -15,9 +15,10 @@ UNREACHED = {"status": NOT_RUN, "reason": "the time budget was used up"}
 
 @dataclass(frozen=True)
 class Run:
-    """What a part is given.
+    """Context of a running part.
 
-    ``cases`` is "cuda" or "rehearsal", as in `bench.registry`; ``deadline`` is of time.monotonic.
+    ``cases`` is "cuda" or "rehearsal", as in `bench.registry`; ``deadline`` is on the clock of
+    time.monotonic.
     """
 
     written: Report
@@ -39,11 +40,11 @@ class Run:
         return self.deadline - time.monotonic()
 
     def share(self, part: float) -> float:
-        """The deadline of a step that may take `part` of what is left."""
+        """Deadline of a step that may use the fraction `part` of the time left."""
         return time.monotonic() + part * max(0.0, self.left)
 
     def step(self, name: str, part: float, run: Callable[[float], dict[str, Any]]) -> dict:
-        """Note what ``run(deadline)`` gives under `name`; with no time left it is not run."""
+        """Record the result of ``run(deadline)`` under `name`, or skip it if no time is left."""
         if self.left < LEAST:
             return dict(UNREACHED)
         found = run(self.share(part))
@@ -61,15 +62,18 @@ class Run:
         )
 
     def give_up(self, entries: list[Entry]) -> None:
-        """Rows of ours that nothing of ours can run."""
+        """Mark rows as not run because tinyclip cannot be imported."""
         for entry in entries:
             reason = {"status": NOT_RUN, "reason": "tinyclip is not importable"}
             self.written.update(entry.blank(), reason)
 
 
 class Part(NamedTuple):
-    """``entries(cases, patterns)`` are its rows and ``notes()`` what else it plans, all of it "not
-    run"; ``run(Run)`` is True if something was found wrong."""
+    """A named part of the command.
+
+    ``entries(cases, patterns)`` lists its rows, ``notes()`` gives its other results as "not run",
+    and ``run(Run)`` runs it and returns True if it found something wrong.
+    """
 
     entries: Callable[[str, list[str]], list[Entry]]
     notes: Callable[[], dict[str, Any]]

@@ -99,7 +99,7 @@ def run(
     ended: str = ENDED,
     **variables: str,
 ) -> str:
-    """`ended`, "failed with status N", or that the budget stopped the command."""
+    """Run a command; returns `ended`, "failed with status N" or "stopped by the budget"."""
     process = _start(command, output, cwd, **variables)
     return _status(process, _finish(process, deadline), ended)
 
@@ -111,7 +111,7 @@ def _status(process: subprocess.Popen, in_time: bool, ended: str) -> str:
 
 
 class Logged:
-    """A command that runs into a log, beside others."""
+    """A command that runs concurrently, with its output in a log file."""
 
     def __init__(self, command: list[str], log: Path, cwd: Path = ROOT):
         self.log, self._start = log, time.monotonic()
@@ -119,12 +119,12 @@ class Logged:
             self._process = _start(command, output, cwd)
 
     def end(self, deadline: float) -> dict[str, Any]:
-        """Wait for it until `deadline`: {status, seconds, said: its last line, log: its name}."""
+        """Wait until `deadline`: {status, seconds, output: the last line, log: the file name}."""
         in_time = _finish(self._process, deadline)
         seconds = round(time.monotonic() - self._start, 1)
-        said = (self.text.strip().splitlines() or [""])[-1]
+        last = (self.text.strip().splitlines() or [""])[-1]
         status = _status(self._process, in_time, ENDED)
-        return {"status": status, "seconds": seconds, "said": said, "log": self.log.name}
+        return {"status": status, "seconds": seconds, "output": last, "log": self.log.name}
 
     @property
     def text(self) -> str:
@@ -132,13 +132,13 @@ class Logged:
 
 
 def preparation(target: str) -> dict[str, Any]:
-    """What `prepare` notes, before it has run."""
+    """The results of `prepare` before it has run."""
     blank = {"status": NOT_RUN, "seconds": 0.0}
     return {"build": dict(blank), f"kernels of {target}": {**blank, "launched": 0, "failed": []}}
 
 
 def prepare(run: Run, target: str) -> bool:
-    """Build, and compile what a part launches; False if nothing of ours can be imported."""
+    """Build, and compile the kernels of a part; False if tinyclip cannot be imported."""
     path = run.written.path
     make = rehearsed if run.rehearsal else build
     built = run.step("build", _BUILD_SHARE, lambda deadline: make(path, deadline))
@@ -150,7 +150,7 @@ def prepare(run: Run, target: str) -> bool:
 
 
 def rehearsed(results: Path, deadline: float) -> dict[str, Any]:
-    """In the place of a build: a rehearsal runs what is installed."""
+    """Stand in for the build in a rehearsal, which runs the installed package."""
     importable = _python("-c", _IMPORTS) is not None
     return {"status": "rehearsed", "seconds": 0.0, "importable": importable}
 
@@ -241,15 +241,12 @@ def unlink() -> None:
 
 
 def _jobs() -> int:
-    """Processes at once: compiling is what takes time, and takes one core."""
+    """Number of concurrent processes; each compiles kernels on one core."""
     return max(1, min(_MOST_JOBS, (os.cpu_count() or 1) // 2))
 
 
 def compile_kernels(target: str, cases: str, results: Path, deadline: float) -> dict[str, Any]:
-    """Fill Triton's cache with what a part launches, before anything is tested or timed.
-
-    ``bench.gpu.warm`` runs in `_jobs` processes, each of which takes its share of the launches.
-    """
+    """Compile a part's kernels into Triton's cache, with `bench.gpu.warm` in `_jobs` processes."""
     jobs = _jobs()
     command = [sys.executable, "-m", "bench.gpu.warm", target, cases]
     started = [
@@ -269,16 +266,16 @@ def compile_kernels(target: str, cases: str, results: Path, deadline: float) -> 
 
 
 def _time_limit() -> list[str]:
-    """pytest-timeout's words, where it is there."""
+    """Options of pytest-timeout, if it is installed."""
     if importlib.util.find_spec("pytest_timeout") is None:
         return []
-    # A thread ends the process, also one that waits for a kernel; xdist puts another in its place.
+    # The thread method also ends a process that waits for a kernel; xdist replaces the worker.
     method = "thread" if _parallel() else "signal"
     return [f"--timeout={_TEST_SECONDS}", f"--timeout-method={method}"]
 
 
 def _parallel() -> list[str]:
-    """pytest-xdist's words, where it is there."""
+    """Options of pytest-xdist, if it is installed."""
     if importlib.util.find_spec("xdist") is None:
         return []
     jobs = _jobs()

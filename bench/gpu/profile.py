@@ -1,7 +1,7 @@
-"""Part "profile": where the host's time goes, and what one launch of a kernel does to the chip.
+"""Part "profile": host profiles and Nsight Compute metrics.
 
-cProfile of inference at batch 1 and of a training step at batch 64, ours and open_clip's; then
-Nsight Compute, one launch a kernel.
+cProfile of inference at batch 1 and of a training step at batch 64, ours and open_clip's; then one
+launch of each kernel under Nsight Compute.
 """
 
 import csv
@@ -50,7 +50,7 @@ _CALLS = 20
 
 
 def cases(kind: str) -> list[Case]:
-    """What is profiled, for `bench.gpu.warm`."""
+    """The cases that are profiled, for `bench.gpu.warm`."""
     names = dict.fromkeys([case for _, case, _ in _HOST] + [case for _, case in KERNELS])
     return [registry.find(name, kind) for name in names]
 
@@ -95,11 +95,11 @@ def _profiled(run: Run, case: str, mode: str, who: str, deadline: float) -> dict
 
 
 def launch(kernel: str, case: str, cases: str, results: Path, deadline: float) -> dict[str, Any]:
-    """One launch of a kernel under Nsight Compute, with the clocks as they are."""
+    """Profile one launch of a kernel with Nsight Compute, without clock control."""
     tool = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
     if tool is None:
         return {"status": "tool unavailable", "case": case}
-    # The first launch of a process fills caches: the second is read.
+    # Skip the first launch of the process, which runs with cold caches.
     command = [tool, "--clock-control", "none", "-k", f"regex:{kernel}", "-s", "1", "-c", "1"]
     command += ["--csv", "--metrics", ",".join(METRICS)]
     command += [sys.executable, "-m", "bench.gpu.launched", cases, case]
@@ -108,12 +108,12 @@ def launch(kernel: str, case: str, cases: str, results: Path, deadline: float) -
     ended, found = process.end(deadline), read(process.text)
     if found:
         ended["status"] = MEASURED
-        del ended["said"]
+        del ended["output"]
     return {**ended, "case": case, **found}
 
 
 def read(text: str) -> dict[str, float]:
-    """The figures that ``ncu --csv`` printed among what the program printed; units in the names."""
+    """Parse the metrics out of ``ncu --csv`` output mixed with the program's; names carry units."""
     table = "\n".join(line for line in text.splitlines() if line.startswith('"'))
     found = {}
     for row in csv.DictReader(io.StringIO(table)):

@@ -1,8 +1,8 @@
-"""Part "steps": what a user's run does, beside open_clip.
+"""Part "steps": training, distillation and inference compared with open_clip.
 
-Training and distillation steps and inference, eager and as one CUDA graph; the masks phase beside
-TinyCLIP's formula; 200 training steps beside PyTorch's own ops; the commands on scanned digits; at
-last both sides under torch.compile.
+Whole steps and inference, eager and as one CUDA graph; the masks phase compared with TinyCLIP's
+formula; convergence of 200 training steps compared with PyTorch's own ops; the commands on scanned
+digits; finally both sides under torch.compile.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ _CONFIG = {
     "text_cfg": {"context_length": 16, "vocab_size": 558, "heads": 2, **_TOWER},
 }
 CURVES = ("clip fp32", "clip bf16", "affinity fp32", "affinity bf16")  # of bench.gpu.convergence
-_SAID = 6  # lines of a command that are kept: eval prints an accuracy on each
+_OUTPUT_LINES = 6  # kept of each command's output: eval prints one metric a line
 _RUN_STEPS = {"cuda": 250, "rehearsal": 2}
 
 
@@ -94,7 +94,7 @@ def _run(run: Run) -> bool:
 
 
 def untimed(run: Run, deadline: float) -> None:
-    """What is not timed, all at once: `bench.gpu.convergence`, a process a curve; the commands."""
+    """Run what is not timed concurrently: one convergence process per curve, and the commands."""
     more = ["--steps", "4"] if run.rehearsal else []
     command = [sys.executable, "-m", "bench.gpu.convergence", run.device]
     started = {}
@@ -104,15 +104,15 @@ def untimed(run: Run, deadline: float) -> None:
     commands(run, deadline)
     for name, process in started.items():
         ended = process.end(deadline)
-        with contextlib.suppress(ValueError):  # it was stopped before it had anything to print
-            ended |= json.loads(ended["said"])
-        del ended["said"]
+        with contextlib.suppress(ValueError):  # stopped before it printed its result
+            ended |= json.loads(ended["output"])
+        del ended["output"]
         run.written.note("convergence", {**run.written.data["convergence"], name: ended})
         print(f"convergence, {name}: {ended['status']}, {ended['seconds']} s", flush=True)
 
 
 def commands(run: Run, deadline: float) -> None:
-    """`tinyclip train`, `distill` and `eval` on digits, one after the other, noted as each ends."""
+    """Run `tinyclip train`, `distill` and `eval` on digits in turn, recording each as it ends."""
     with tempfile.TemporaryDirectory(prefix="tinyclip-digits-") as folder:
         model = Path(folder) / "model.json"
         model.write_text(json.dumps(_CONFIG))
@@ -130,7 +130,7 @@ def commands(run: Run, deadline: float) -> None:
             command = [sys.executable, "-m", "tinyclip", name, *words]
             process = phases.Logged(command, log, Path(folder))
             ended = process.end(deadline)
-            ended["said"] = process.text.strip().splitlines()[-_SAID:]
+            ended["output"] = process.text.strip().splitlines()[-_OUTPUT_LINES:]
             run.written.note("commands", {**run.written.data["commands"], name: ended})
             print(f"{name}: {ended}", flush=True)
             if ended["status"] != phases.ENDED:

@@ -1,9 +1,9 @@
-"""``python -m bench.gpu.warm PART CASES N COUNT``: launch what a part launches, to compile it.
+"""``python -m bench.gpu.warm PART CASES N COUNT``: compile a part's kernels by launching them.
 
-COUNT such processes share the launches; this one takes each COUNT-th from N on. Triton keeps what
-it compiled in its cache, so that nothing compiles while something is tested or timed. CASES is
-"cuda" or "rehearsal". Sizes that are no constants of a kernel are small ones, multiples of 16 as
-the real ones are.
+COUNT processes share the launches; this one takes every COUNT-th, starting at N. Triton's cache
+keeps the compiled kernels, so that nothing compiles during tests or timing. CASES is "cuda" or
+"rehearsal". Batches are small, and multiples of 16 like the real ones, because Triton specialises
+kernels on divisibility by 16.
 """
 
 import sys
@@ -20,7 +20,7 @@ Job = tuple[str, Callable[[], object]]
 
 
 def _problems(cases: str) -> Iterator[Job]:
-    """Every kernel of the GPU tests, bf16 first, and the checkers' problems."""
+    """Launch the kernels of the GPU tests, bf16 first, and of the sanitizers' problems."""
     from bench.gpu import sanitized
     from tests.gpu.problems import DTYPES, IMPLEMENTED, SHAPES, problems, served_by
 
@@ -41,7 +41,7 @@ def _problems(cases: str) -> Iterator[Job]:
 
 
 def _cases(part: str, cases: str) -> Iterator[Job]:
-    """Ours in every case of a part, forward and backward."""
+    """Run our side of every case of a part, forward and backward."""
     from bench.gpu import profile
     from bench.gpu.command import PARTS
 
@@ -59,7 +59,7 @@ def _cases(part: str, cases: str) -> Iterator[Job]:
 
 
 def jobs(part: str, cases: str, number: int, count: int) -> Iterator[Job]:
-    """This process's share."""
+    """The launches of this process."""
     if part == "tune":
         from bench.gpu import tune
 

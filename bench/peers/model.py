@@ -1,8 +1,7 @@
-"""Whole models: a training step, a distillation step, an image tower at inference; ours and theirs.
+"""Whole models: a training step, a distillation step, image inference; ours and open_clip's.
 
-Both sides hold the same parameters under the same names, read the same pictures and captions, and
-run under autocast as their training loops do. Everything of tinyclip is imported on use: PyTorch's
-own rows are measured where it is not built yet.
+Both sides use the same parameters under the same names, the same images and captions, and autocast
+in training. tinyclip is imported on use, so that PyTorch's own rows run before it is built.
 
 Letters: B batch, L tokens.
 """
@@ -16,7 +15,7 @@ from bench.peers import Peer, Tensors, contrastive, open_clip
 from bench.timing import Timed
 
 TEACHER = "teacher."  # the prefix of a teacher's tensors
-# What a rehearsal on a CPU runs in the place of a published model.
+# Replaces the published models in a rehearsal on a CPU.
 TOY = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2},
@@ -50,7 +49,7 @@ def skeleton(name: str) -> nn.Module:
 
 
 def bind(module: nn.Module, tensors: Tensors) -> nn.Module:
-    """Put leaves in the place of a module's parameters, so that gradients reach those leaves."""
+    """Replace a module's parameters by the given leaf tensors, which then receive gradients."""
     for name, tensor in tensors.items():
         owner, _, attribute = name.rpartition(".")
         holder = module.get_submodule(owner)
@@ -60,7 +59,7 @@ def bind(module: nn.Module, tensors: Tensors) -> nn.Module:
 
 
 def _parameters(t: Tensors, prefix: str = "") -> Tensors:
-    """The tensors of one model: those that are no input, of the teacher or of the student."""
+    """The parameters of one model: of the student, or with `prefix` of the teacher."""
     named = {name: tensor for name, tensor in t.items() if name not in ("images", "texts")}
     if prefix:
         return {n.removeprefix(prefix): x for n, x in named.items() if n.startswith(prefix)}
@@ -107,7 +106,7 @@ def _their_loss() -> Loss:
 
 
 def _training(make: Callable, make_loss: Callable[[], Loss], compiled: bool) -> Build:
-    """``build`` of a step under autocast: forward, loss; its backward is the caller's."""
+    """``build`` of a forward pass and loss under autocast; the caller runs the backward."""
 
     def build(t: Tensors, s: dict, device: str) -> Timed:
         model = bind(make(s["model"], device), _parameters(t)).train()

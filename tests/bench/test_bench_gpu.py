@@ -444,7 +444,7 @@ def test_a_profiler_that_says_nothing(tmp_path, monkeypatch):
     kernel, case = profile.KERNELS[0]
     end = time.monotonic() + 20
     found = profile.launch(kernel, case, "rehearsal", tmp_path / "x.json", end)
-    assert found["status"] == "failed with status 1" and "no permission" in found["said"]
+    assert found["status"] == "failed with status 1" and "no permission" in found["output"]
 
 
 def test_what_pip_cannot_build_is_built_without_it(tmp_path, monkeypatch):

@@ -138,8 +138,7 @@ def test_a_yardstick_that_overflowed_excuses_nothing():
 
 @pytest.fixture
 def ticks(monkeypatch):
-    """A clock that goes on only where it is told to: whatever else the machine does, a call takes
-    the milliseconds that it adds."""
+    """Replace the clock: a call takes the milliseconds that it appends, on any machine."""
     told = []
 
     def clock(call, calls):

@@ -24,7 +24,7 @@ GREEN = gate.Verdict("green", "it is right")
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Launches are caught, on tensors of a CPU that Triton is said to serve."""
+    """Record launches instead of running them, with Triton enabled for CPU tensors."""
     found = []
     monkeypatch.setattr(launch.Launch, "run", lambda call, on: found.append(call))
     for op in ("attention", "gelu_mlp", "contrastive"):
@@ -34,7 +34,7 @@ def launched(monkeypatch):
 
 @pytest.fixture
 def stand_in(monkeypatch, tmp_path, launched):
-    """Part "tune", rehearsed; a launch takes what `milliseconds` says of it."""
+    """Rehearse part "tune" with ``milliseconds(launch)`` in the place of a clock."""
     monkeypatch.setattr(command, "_exit_on_sigterm", lambda: None)
     monkeypatch.setitem(tune.BACKENDS, "rehearsal", "triton")
     monkeypatch.setattr(phases, "compile_kernels", lambda *a: {"status": "compiled"})

@@ -63,7 +63,7 @@ def aligned(x: Tensor, gradient: bool) -> Tensor:
 
 
 def _readable(x: Tensor, gradient: bool = False) -> Tensor:
-    """x as SDPA can read it: itself, but for what `aligned` says of CUDA tensors."""
+    """Return x, or on CUDA an aligned copy where SDPA would misread it (see `aligned`)."""
     if not _on_cuda(x):
         return x
     # Dynamo has no storage_offset(). As an op, `aligned` runs on the fake tensors of AOTAutograd,
