@@ -46,7 +46,8 @@ class Bench:
     """
 
     def __init__(self, settings: Settings, machine: Machine | None = None, ops: Any = None):
-        self.device, self.seconds, self.backend = settings[:3]
+        self.device, self.seconds, self.backend, rehearsal = settings
+        self._with_host = self.device == "cuda" or rehearsal  # on a CPU the host is the device
         self.machine = machine
         self._ops = ops
         self._case: Case | None = None
@@ -94,6 +95,7 @@ class Bench:
             if mode not in GRAPHS:  # a replay allocates nothing, and is one call of the host
                 found["peak_mb"] = timing.peak_mb(ours, self.device)
                 found["peer_peak_mb"] = timing.peak_mb(theirs, self.device)
+            if mode not in GRAPHS and self._with_host:
                 found["host_ms"] = timing.host_ms(ours, self.device)
                 found["peer_host_ms"] = timing.host_ms(theirs, self.device)
             servers = "+".join(dict.fromkeys(self._served.values())) or self.backend

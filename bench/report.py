@@ -214,26 +214,24 @@ def merge(source: Path, base: Path) -> Path:
     for row in rows:
         written.update(row, row)
     for name, value in found.items():
-        known = written.data.get(name)
-        if isinstance(known, dict) and isinstance(
-            value, dict
-        ):  # entry by entry, as parts have them
-            entries = {at: entry for at, entry in value.items() if at not in known or _ran(entry)}
-            written.note(name, known | entries if _ran(value) else known)
-        elif name not in written.data or _ran(value):
-            written.note(name, value)
+        written.note(name, _merged(written.data.get(name), value))
     return written.path
 
 
+def _merged(known: Any, new: Any) -> Any:
+    """`new` where it was run, else `known`: phases as a whole, groups of them entry by entry."""
+    if isinstance(known, dict) and isinstance(new, dict) and "status" not in new:
+        return known | {name: _merged(known.get(name), entry) for name, entry in new.items()}
+    if isinstance(known, list) and isinstance(new, list):  # the tiles
+        ran = [entry for entry in new if _ran(entry)]
+        sweeps = {(entry["case"], entry["kind"]) for entry in ran}
+        return [e for e in known if (e["case"], e["kind"]) not in sweeps] + ran
+    return new if known is None or _ran(new) else known
+
+
 def _ran(value: Any) -> bool:
-    """Whether a note, or any of its entries, tells of something that was run."""
-    if isinstance(value, dict):
-        if "status" in value:
-            return value["status"] != NOT_RUN
-        return any(_ran(entry) for entry in value.values())
-    if isinstance(value, list):
-        return any(_ran(entry) for entry in value)
-    return value is not None
+    """Whether a note tells of something that was run."""
+    return value["status"] != NOT_RUN if isinstance(value, dict) else value is not None
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -44,7 +44,7 @@ _IN_PLACE = ("setup.py", "build_ext", "--inplace")
 _IMPORTS = "import tinyclip.ops, tinyclip.triton_kernels.launch"
 _EXTENSION = "from tinyclip import _extension as e; print(e.cuda_why_not() or 'with CUDA')"
 _LINK = ROOT / "tinyclip" / "triton_kernels"
-_STOPPED = "stopped by the budget"
+ENDED, _STOPPED = "ended", "stopped by the budget"
 _GRACE = 10.0  # seconds from an interruption to the kill, or a fifth of what there is
 _MOST_JOBS = 8  # each holds half a gigabyte of the device; past 8 they wait for each other
 
@@ -86,9 +86,6 @@ def _finish(process: subprocess.Popen, deadline: float) -> bool:
         with contextlib.suppress(ProcessLookupError):  # nobody of it is left
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-ENDED = "ended"
 
 
 def run(

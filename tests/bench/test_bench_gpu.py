@@ -219,9 +219,15 @@ def test_results_of_another_machine_are_merged(tmp_path, monkeypatch, capsys):
     case = registry.find(NORM, "cuda")
     rows = [Entry(case, mode, "eager").blank() for mode in (BOTH, GRAPHED)]
     ran, not_run, sent = {"status": MEASURED}, {"status": NOT_RUN}, []
+    failed = {"status": FAILED, "failures": ["a"], "printed": {"a": "1"}}
+    passed = {"status": "passed", "failures": [], "printed": {}}
+    tiles = [
+        {**entry, "case": "c", "kind": kind} for entry, kind in ((ran, "fwd"), (not_run, "bwd"))
+    ]
     for row, notes in (
-        (rows[0], {"tests": ran, "host": {"a": ran}}),
-        (rows[1], {"tests": not_run, "host": {"a": not_run, "b": ran}}),
+        (rows[0], {"tests": failed, "build": ran, "host": {"a": ran}, "tiles": tiles}),
+        (rows[1], {"tests": passed, "build": not_run, "host": {"a": not_run, "b": ran}}),
+        (rows[1], {"tiles": [{**not_run, "case": "c", "kind": "fwd"}, {**ran, **tiles[1], **ran}]}),
     ):
         path = tmp_path / f"call{len(sent)}" / "results.json"
         written = Report(path, env, rows, notes)
@@ -231,7 +237,12 @@ def test_results_of_another_machine_are_merged(tmp_path, monkeypatch, capsys):
     assert bench_command.main(["merge", *sent]) == 0
     data = results(tmp_path / "tree")
     assert [row["status"] for row in data["rows"]] == [MEASURED, MEASURED]
-    assert (data["tests"], data["host"], data["env"]) == (ran, {"a": ran, "b": ran}, env)
+    assert (data["tests"], data["build"], data["env"]) == (passed, ran, env)
+    assert data["host"] == {"a": ran, "b": ran}
+    assert [(entry["kind"], entry["status"]) for entry in data["tiles"]] == [
+        ("fwd", MEASURED),
+        ("bwd", MEASURED),
+    ]
     (tmp_path / "other.json").write_text("[]")
     assert bench_command.main(["merge", str(tmp_path / "other.json")]) == 2
     assert "is no results file" in capsys.readouterr().err
